@@ -55,7 +55,7 @@ def mambaint() -> None:
 def main() -> None:
     """Console entry point: run the command; report a fault as one line and exit 2."""
     try:
-        mambaint(standalone_mode=False)
+        code = mambaint(standalone_mode=False)
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
     except click.ClickException as error:
@@ -67,6 +67,7 @@ def main() -> None:
     except MambaintError as error:
         click.echo(f"mambaint: {error.cause}; {error.remedy}", err=True)
         sys.exit(2)
+    sys.exit(code if isinstance(code, int) else 0)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,28 @@
+"""Augmentation of images read as sequences."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def shift_sequences(inputs: Tensor, reach: int, generator: torch.Generator) -> Tensor:
+    """Move every sample by its own random -reach..reach steps and features, filling with zeros.
+
+    Args:
+        inputs: [n, T, C], any dtype and device.
+        reach: largest shift in either direction; 0 returns ``inputs``.
+        generator: CPU source of the shifts, so that they are the same on every device.
+
+    Returns:
+        A tensor like ``inputs``.
+    """
+    if reach == 0:
+        return inputs
+    n, steps, channels = inputs.shape
+    shifts = torch.randint(-reach, reach + 1, (2, n, 1), generator=generator).to(inputs.device)
+    from_step = torch.arange(steps, device=inputs.device) + reach - shifts[0]
+    from_channel = torch.arange(channels, device=inputs.device) + reach - shifts[1]
+    padded = torch.nn.functional.pad(inputs, (reach, reach, reach, reach))
+    sample = torch.arange(n, device=inputs.device)
+    return padded[sample[:, None, None], from_step[:, :, None], from_channel[:, None, :]]

@@ -1,0 +1,94 @@
+"""``mambaint verify``: check a proof against a verifier package."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from zk.verify import Verdict
+
+
+def _predicted(verdict: Verdict) -> str | None:
+    """Name of the largest logit's class, if the package names the classes."""
+    classes, logits = verdict.statement.get("classes"), verdict.public.get("logits")
+    if not isinstance(classes, list) or not logits or len(classes) != len(logits):
+        return None
+    return str(classes[logits.index(max(logits))])
+
+
+def _as_json(verdict: Verdict, verifier: Path) -> dict[str, Any]:
+    result: dict[str, Any] = {
+        "valid": verdict.valid,
+        "model_id": verdict.model_id,
+        "circuit_id": verdict.circuit_id,
+        "outputs": verdict.public.get("logits", []),
+        "public": verdict.public,
+        "verify_seconds": round(verdict.verify_seconds, 4),
+        "srs": verdict.srs_kind,
+        "verifier": {"path": str(verifier), "sha256": verdict.package_sha256},
+    }
+    if not verdict.valid:
+        result["reason"] = verdict.reason
+    return result
+
+
+def _shown(values: list[int]) -> str:
+    head = " ".join(str(value) for value in values[:32])
+    return head if len(values) <= 32 else f"{head} ... ({len(values)} values)"
+
+
+def _lines(verdict: Verdict, verifier: Path) -> list[str]:
+    if not verdict.valid:
+        lines = [f"INVALID: {verdict.reason}"]
+    else:
+        lines = [f"VALID in {verdict.verify_seconds * 1000:.0f} ms"]
+        for name, values in verdict.public.items():
+            lines.append(f"  {name:<12} {_shown(values)}")
+        predicted = _predicted(verdict)
+        if predicted is not None:
+            lines.append(f"  {'predicted':<12} {json.dumps(predicted)}")
+    lines.append(f"  {'model':<12} {verdict.model_id}")
+    lines.append(f"  {'trusted':<12} {verifier} (sha256 {verdict.package_sha256})")
+    if verdict.srs_kind == "development":
+        lines.append(
+            "  note: development SRS. Whoever generated it could forge proofs; "
+            "use a ceremony SRS for anything that matters."
+        )
+    return lines
+
+
+@click.command(name="verify")
+@click.argument("proof", type=click.Path(path_type=Path))
+@click.option(
+    "--verifier",
+    type=click.Path(path_type=Path),
+    help="Verifier package to trust.  [default: verifier.zip beside the proof]",
+)
+@click.option("--model-id", metavar="HEX", help="Refuse a proof about any other model.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
+@click.pass_context
+def command(
+    ctx: click.Context, proof: Path, verifier: Path | None, model_id: str | None, as_json: bool
+) -> None:
+    """Check PROOF against a verifier package you trust; the model is not needed.
+
+    Exit code 0: valid. 1: checked and invalid. 2: could not be checked.
+
+    \b
+    Example:
+      mambaint verify proof.json --verifier verifier.zip
+    """
+    from zk.verify import verify
+
+    trusted = verifier if verifier is not None else proof.parent / "verifier.zip"
+    verdict = verify(proof, trusted, model_id.lower() if model_id is not None else None)
+    if as_json:
+        click.echo(json.dumps(_as_json(verdict, trusted)))
+    else:
+        click.echo("\n".join(_lines(verdict, trusted)))
+    if not verdict.valid:
+        ctx.exit(1)

@@ -1,0 +1,123 @@
+"""``proof.json``: the public values and the proof, in one canonical encoding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from mamba_int.errors import MambaintError
+from mamba_int.files import canonical_json, parse_json
+from zk.field import HALF
+from zk.identity import is_sha256
+
+FORMAT = "mambaint-proof"
+VERSION = 1
+MAX_FILE_BYTES = 64 << 20
+
+_FIELDS = {"format", "version", "model_id", "circuit_id", "verifier_package", "public", "segments"}
+
+
+class InvalidProof(Exception):
+    """The proof is not valid; the text is the reason, on one line."""
+
+
+@dataclass(frozen=True)
+class Proof:
+    """Content of a proof file.
+
+    Attributes:
+        model_id: the model it claims to be about.
+        circuit_id: the circuit it claims to be about.
+        verifier_package: SHA-256 (hex) of the verifier package it was made for.
+        public: every public tensor that is not forced, flattened row-major.
+        segments: the proof bytes of each segment, in order.
+    """
+
+    model_id: str
+    circuit_id: str
+    verifier_package: str
+    public: dict[str, list[int]]
+    segments: tuple[bytes, ...]
+
+    def encode(self) -> bytes:
+        """The bytes of the file: canonical JSON and a newline."""
+        return (
+            canonical_json(
+                {
+                    "format": FORMAT,
+                    "version": VERSION,
+                    "model_id": self.model_id,
+                    "circuit_id": self.circuit_id,
+                    "verifier_package": self.verifier_package,
+                    "public": self.public,
+                    "segments": [{"proof": segment.hex()} for segment in self.segments],
+                }
+            )
+            + b"\n"
+        )
+
+
+def _expect(condition: bool, reason: str) -> None:
+    if not condition:
+        raise InvalidProof(reason)
+
+
+def _decode_hash(value: Any, name: str) -> str:
+    _expect(is_sha256(value), f"{name} is not a SHA-256")
+    return str(value)
+
+
+def _decode_public(value: Any) -> dict[str, list[int]]:
+    _expect(isinstance(value, dict), "public is not an object")
+    for name, numbers in value.items():
+        _expect(isinstance(numbers, list), f"public value {name!a} is not a list")
+        for number in numbers:
+            # bool is a subclass of int: only int itself will do.
+            _expect(type(number) is int, f"public value {name!a} holds something that is not an integer")
+            _expect(-HALF <= number <= HALF, f"public value {name!a} holds a number outside the field")
+    return {str(name): list(numbers) for name, numbers in value.items()}
+
+
+def _decode_segments(value: Any) -> tuple[bytes, ...]:
+    _expect(isinstance(value, list) and len(value) == 1, "there must be exactly one segment")
+    segments = []
+    for item in value:
+        _expect(isinstance(item, dict) and set(item) == {"proof"}, "a segment has wrong fields")
+        text = item["proof"]
+        _expect(
+            isinstance(text, str) and len(text) % 2 == 0 and not set(text) - set("0123456789abcdef"),
+            "the proof bytes are not lower-case hexadecimal",
+        )
+        segments.append(bytes.fromhex(text))
+    return tuple(segments)
+
+
+def decode_proof(raw: bytes) -> Proof:
+    """Read a proof file strictly.
+
+    Raises:
+        InvalidProof: if any byte differs from what :meth:`Proof.encode` writes.
+    """
+    _expect(len(raw) <= MAX_FILE_BYTES, f"the file has more than {MAX_FILE_BYTES} bytes")
+    try:
+        value = parse_json(raw, "the proof file")
+    except MambaintError as error:
+        raise InvalidProof(error.cause) from error
+    _expect(isinstance(value, dict) and value.get("format") == FORMAT, "it is not a proof file of mambaint")
+    found = value.get("version")
+    _expect(
+        type(found) is int and found == VERSION,
+        f"it has format version {found!a} and this mambaint reads version {VERSION}",
+    )
+    missing, unknown = sorted(_FIELDS - set(value)), sorted(set(value) - _FIELDS)
+    _expect(not missing, f"field {', '.join(missing)} is missing")
+    _expect(not unknown, f"unknown field {', '.join(ascii(name) for name in unknown)}")
+    proof = Proof(
+        model_id=_decode_hash(value["model_id"], "model_id"),
+        circuit_id=_decode_hash(value["circuit_id"], "circuit_id"),
+        verifier_package=_decode_hash(value["verifier_package"], "verifier_package"),
+        public=_decode_public(value["public"]),
+        segments=_decode_segments(value["segments"]),
+    )
+    _expect(proof.encode() == raw, "the file is not in the one canonical form")
+    return proof

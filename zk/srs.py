@@ -1,0 +1,95 @@
+"""SRS files: generated for development, or from a ceremony and checked by hash.
+
+Whoever knows s can forge proofs. EZKL's generator chooses s in this process: development only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from mamba_int.errors import MambaintError
+from mamba_int.files import canonical_json, read_json
+from zk import store
+from zk.process import run_job
+from zk.srs_format import SrsKind, srs_bytes, verifying_part
+
+
+@dataclass(frozen=True)
+class Srs:
+    """An SRS file that was checked when this object was made.
+
+    Attributes:
+        path: the file.
+        kind: "development" (this machine could forge proofs) or "ceremony".
+        sha256: hash of the whole file (hex).
+        logrows: log2 of the number of points; equal to the circuit's.
+    """
+
+    path: Path
+    kind: SrsKind
+    sha256: str
+    logrows: int
+
+    def verifying(self) -> bytes:
+        """The 388 bytes a verifier needs."""
+        return verifying_part(self.path, self.logrows)
+
+
+def _check_shape(path: Path, logrows: int, remedy: str) -> None:
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as stream:
+            stored = int.from_bytes(stream.read(4), "little")
+    except OSError as error:
+        raise MambaintError(f"cannot read the SRS {path}: {error.strerror or error}", remedy) from error
+    if size != srs_bytes(logrows):
+        raise MambaintError(f"the SRS {path} has {size} bytes and must have {srs_bytes(logrows)}", remedy)
+    if stored != logrows:
+        raise MambaintError(f"the SRS {path} is for 2^{stored} rows and must be for 2^{logrows}", remedy)
+
+
+def development_srs(logrows: int, cache: Path | None = None, timeout: float = 3600) -> Srs:
+    """The development SRS of this cache, generated on first use (about 6 s for 2^14 rows).
+
+    Raises:
+        MambaintError: if it is damaged or cannot be made.
+    """
+    folder = store.cache_folder(cache) / "srs" / f"development-{logrows}"
+    remedy = f"delete the folder {folder} (its keys are then made again)"
+    with store.building(folder) as fresh:
+        if fresh is not None:
+            job = {"path": str(fresh / "srs"), "logrows": logrows}
+            run_job("development_srs", job, what="generating the SRS", timeout=timeout)
+            _check_shape(fresh / "srs", logrows, remedy)
+            about = {"kind": "development", "sha256": store.sha256_file(fresh / "srs"), "logrows": logrows}
+            (fresh / "about.json").write_bytes(canonical_json(about))
+    path = folder / "srs"
+    _check_shape(path, logrows, remedy)
+    digest = store.sha256_file(path)
+    if read_json(folder / "about.json", remedy) != {
+        "kind": "development",
+        "sha256": digest,
+        "logrows": logrows,
+    }:
+        raise MambaintError(f"the SRS {path} is damaged", remedy)
+    return Srs(path, "development", digest, logrows)
+
+
+def ceremony_srs(path: Path, sha256: str, logrows: int) -> Srs:
+    """An SRS file from a public ceremony, in halo2's raw format and exactly for 2^logrows rows.
+
+    Args:
+        path: the file.
+        sha256: its hash (hex) as published by a source you trust.
+        logrows: the circuit's.
+
+    Raises:
+        MambaintError: if it is missing, of another size or not the published file.
+    """
+    remedy = f"download the ceremony's file for 2^{logrows} rows again"
+    _check_shape(path, logrows, remedy)
+    digest = store.sha256_file(path)
+    if digest != sha256.strip().lower():
+        raise MambaintError(f"the SRS {path} has SHA-256 {digest}, not {sha256}", remedy)
+    return Srs(path, "ceremony", digest, logrows)

@@ -1,0 +1,171 @@
+"""Checking a proof against a trusted verifier package. Needs neither the model nor torch.
+
+Fails closed: a proof is valid only if every check passes and EZKL answers True itself.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from mamba_int.errors import MambaintError
+from mamba_int.files import canonical_json
+from zk import ezkl_calls, field
+from zk.ezkl_calls import EzklError
+from zk.package import Package, read_package
+from zk.proof import MAX_FILE_BYTES, InvalidProof, Proof, decode_proof
+from zk.srs_format import SrsKind
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The outcome of checking a proof.
+
+    Attributes:
+        valid: whether the statement is proved; if False nothing below ``reason`` is proved.
+        reason: why it is invalid, on one line; empty if valid.
+        model_id: the trusted package's model.
+        circuit_id: the trusted package's circuit.
+        public: the proof's public values, if it could be read that far, else empty.
+        statement: the trusted package's description of what a proof says.
+        srs_kind: "development" or "ceremony".
+        package_sha256: hash (hex) of the trusted package.
+        verify_seconds: time spent.
+    """
+
+    valid: bool
+    reason: str
+    model_id: str
+    circuit_id: str
+    public: dict[str, list[int]]
+    statement: dict[str, Any]
+    srs_kind: SrsKind
+    package_sha256: str
+    verify_seconds: float
+
+
+def verify(proof_path: Path, package_path: Path, expected_model_id: str | None = None) -> Verdict:
+    """Check a proof file against a verifier package file.
+
+    Args:
+        proof_path: ``proof.json``; anything wrong inside it makes it invalid.
+        package_path: ``verifier.zip``; it is trusted, so it must come from a source you trust.
+        expected_model_id: the model the proof has to be about, if you know it.
+
+    Raises:
+        MambaintError: if the check cannot be made: a file is missing or unreadable, the package is
+            damaged or foreign, or another EZKL version is installed.
+    """
+    package, digest = read_package(package_path)
+    try:
+        with proof_path.open("rb") as stream:
+            raw = stream.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise MambaintError(
+            f"cannot read the proof {proof_path}: {error.strerror or error}", "check the path"
+        ) from error
+    return check(raw, package, digest, expected_model_id)
+
+
+def check(
+    raw_proof: bytes, package: Package, package_sha256: str, expected_model_id: str | None = None
+) -> Verdict:
+    """:func:`verify` on content already in memory."""
+    installed = ezkl_calls.installed_version()
+    if installed != package.ezkl_version:
+        raise MambaintError(
+            f"the verifier package needs EZKL {package.ezkl_version} and {installed} is installed",
+            f"run: pip install ezkl=={package.ezkl_version}",
+        )
+    started = time.perf_counter()
+    public: dict[str, list[int]] = {}
+    reason = ""
+    try:
+        proof = decode_proof(raw_proof)
+        public = proof.public
+        _check_identity(proof, package, package_sha256, expected_model_id)
+        _check_segment(proof.segments[0], rebuild_instances(proof.public, package), package)
+    except InvalidProof as error:
+        reason = str(error)
+    return Verdict(
+        valid=not reason,
+        reason=reason,
+        model_id=package.model_id,
+        circuit_id=package.circuit_id,
+        public=public,
+        statement=package.statement,
+        srs_kind=package.srs_kind,
+        package_sha256=package_sha256,
+        verify_seconds=time.perf_counter() - started,
+    )
+
+
+def _check_identity(proof: Proof, package: Package, digest: str, expected: str | None) -> None:
+    if expected is not None and package.model_id != expected:
+        raise InvalidProof(f"the trusted package is for model {package.model_id}, not {expected}")
+    if proof.model_id != package.model_id:
+        raise InvalidProof(f"it is about model {proof.model_id}, not {package.model_id}")
+    if proof.circuit_id != package.circuit_id:
+        raise InvalidProof("it is about another circuit of the same model")
+    if proof.verifier_package != digest:
+        raise InvalidProof(f"it was made for verifier package {proof.verifier_package}, not {digest}")
+
+
+def rebuild_instances(public: dict[str, list[int]], package: Package) -> list[str]:
+    """The circuit's instances from the public values: package order and shapes, forced values filled in.
+
+    Raises:
+        InvalidProof: if a value is missing, superfluous or outside the field.
+    """
+    free = [tensor for tensor in package.public if tensor.forced is None]
+    missing = sorted({tensor.name for tensor in free} - set(public))
+    unknown = sorted(set(public) - {tensor.name for tensor in free})
+    if missing:
+        raise InvalidProof(f"public value {', '.join(missing)} is missing")
+    if unknown:
+        raise InvalidProof(f"unknown public value {', '.join(ascii(name) for name in unknown)}")
+    instances: list[str] = []
+    for tensor in package.public:
+        if tensor.forced is not None:
+            instances += [field.encode(tensor.forced)] * tensor.size
+            continue
+        values = public[tensor.name]
+        if len(values) != tensor.size:
+            raise InvalidProof(
+                f"public value {tensor.name} has {len(values)} numbers and must have {tensor.size}"
+            )
+        # Reduction modulo the prime would make v and v + p the same statement.
+        if any(abs(value) > field.HALF for value in values):
+            raise InvalidProof(f"public value {tensor.name} holds a number outside the field")
+        instances += [field.encode(value) for value in values]
+    return instances
+
+
+def _check_segment(proof: bytes, instances: list[str], package: Package) -> None:
+    # EZKL ignores bytes after the proof, so the length is ours to check.
+    if len(proof) != package.proof_bytes:
+        raise InvalidProof(f"the proof has {len(proof)} bytes and must have {package.proof_bytes}")
+    with TemporaryDirectory(prefix="mambaint-") as name:
+        folder = Path(name)
+        content = {
+            "proof.json": canonical_json({"instances": [instances], "proof": list(proof)}),
+            "settings.json": package.settings,
+            "vk.key": package.vk,
+            "verifying.srs": package.verifying_srs,
+        }
+        try:
+            for member, data in content.items():
+                (folder / member).write_bytes(data)
+        except OSError as error:
+            raise MambaintError(
+                f"cannot write a temporary file: {error.strerror or error}", "free some disk space"
+            ) from error
+        try:
+            accepted = ezkl_calls.verify(*(folder / member for member in content))
+        except EzklError as error:
+            raise InvalidProof(f"the proof does not verify (EZKL: {error})") from error
+    if not accepted:
+        raise InvalidProof("the proof does not verify")

@@ -1,0 +1,155 @@
+"""The child process that runs EZKL: one job as JSON on stdin, one answer as JSON on stdout.
+
+Started by ``zk.process.run_job`` as ``python -m zk.worker``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mamba_int.errors import MambaintError
+from mamba_int.files import canonical_json, read_json
+from zk import ezkl_calls, table
+from zk.ezkl_calls import EzklError
+from zk.jobs import unpack_public
+
+
+def _peak_bytes() -> int:
+    try:
+        # ru_maxrss would also count what the parent had before exec.
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used if sys.platform == "darwin" else used * 1024
+
+
+def _write_inputs(scratch: Path, private: list[list[str]]) -> Path:
+    path = scratch / "input.json"
+    path.write_bytes(canonical_json({"input_data": private}))
+    return path
+
+
+def _prove(witness: dict[str, Any], keys: Path, srs: Path, scratch: Path) -> dict[str, Any]:
+    """Witness, check against the expected outputs, proof."""
+    compiled = keys / "model.ezkl"
+    started = time.perf_counter()
+    inputs = _write_inputs(scratch, witness["private"])
+    outputs = ezkl_calls.gen_witness(inputs, compiled, scratch / "witness.json")
+    witnessed = time.perf_counter()
+    if outputs != witness["public"]:
+        raise MambaintError(
+            "the circuit and the interpreter disagree on this input, so nothing was proved",
+            "this is a fault of the circuit builder: report it with the model and the input",
+        )
+    ezkl_calls.prove(scratch / "witness.json", compiled, keys / "pk.key", scratch / "proof.json", srs)
+    proved = time.perf_counter()
+    proof = bytes(read_json(scratch / "proof.json")["proof"])
+    return {
+        "proof": proof.hex(),
+        "witness_seconds": witnessed - started,
+        "prove_seconds": proved - witnessed,
+    }
+
+
+def development_srs(job: dict[str, Any], scratch: Path) -> dict[str, Any]:
+    """Generate an SRS file."""
+    ezkl_calls.gen_srs(Path(job["path"]), job["logrows"])
+    return {}
+
+
+def setup(job: dict[str, Any], scratch: Path) -> dict[str, Any]:
+    """Make the keys of the circuit in a folder, and prove one sample with them for the proof's length."""
+    folder, circuit, srs = Path(job["folder"]), job["circuit"], Path(job["srs"])
+    started = time.perf_counter()
+    table.check_edges(scratch / "edges", circuit["logrows"])
+    public = unpack_public(circuit["public"])
+    table.prepare(folder, logrows=circuit["logrows"], public=public, rows=circuit["rows"])
+    ezkl_calls.setup(folder / "model.ezkl", folder / "vk.key", folder / "pk.key", srs)
+    seconds, peak = time.perf_counter() - started, _peak_bytes()
+    sample = _prove(job["sample"], folder, srs, scratch)
+    return {
+        "keygen_seconds": seconds,
+        "keygen_peak_bytes": peak,
+        "proof_bytes": len(sample["proof"]) // 2,
+    }
+
+
+def prove(job: dict[str, Any], scratch: Path) -> dict[str, Any]:
+    """Prove one witness with finished keys."""
+    return _prove(job["witness"], Path(job["keys"]), Path(job["srs"]), scratch)
+
+
+def mock(job: dict[str, Any], scratch: Path) -> dict[str, Any]:
+    """For each claim, whether the circuit's constraints accept it."""
+    circuit = job["circuit"]
+    (scratch / "circuit.onnx").write_bytes(bytes.fromhex(job["onnx"]))
+    public = unpack_public(circuit["public"])
+    table.prepare(scratch, logrows=circuit["logrows"], public=public, rows=circuit["rows"])
+    compiled, witness = scratch / "model.ezkl", scratch / "witness.json"
+    accepted = []
+    for claim in job["claims"]:
+        computed = ezkl_calls.gen_witness(_write_inputs(scratch, claim["private"]), compiled, witness)
+        written = read_json(witness)
+        written["outputs"] = [
+            own if claimed is None else claimed
+            for own, claimed in zip(computed, claim["public"], strict=True)
+        ]
+        witness.write_text(json.dumps(written))
+        accepted.append(ezkl_calls.mock(witness, compiled))
+    return {"accepted": accepted}
+
+
+JOBS: dict[str, Callable[[dict[str, Any], Path], dict[str, Any]]] = {
+    "development_srs": development_srs,
+    "setup": setup,
+    "prove": prove,
+    "mock": mock,
+}
+
+
+def _die_with_parent() -> None:
+    """A prover must not outlive a killed caller (Linux only; elsewhere it finishes and is ignored)."""
+    if sys.platform == "linux":
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+
+
+def main() -> None:
+    """Run the job on stdin; EZKL's own output goes to stderr, only the answer to stdout."""
+    _die_with_parent()
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    request = json.load(sys.stdin)
+    try:
+        answer = JOBS[request["kind"]](request["job"], Path(request["scratch"]))
+        answer["peak_bytes"] = _peak_bytes()
+    except MambaintError as error:
+        answer = {"cause": error.cause, "remedy": error.remedy}
+    except EzklError as error:
+        answer = {
+            "cause": f"EZKL failed: {error}",
+            "remedy": "check free disk space and memory; if it persists, report it with the model",
+        }
+    except OSError as error:
+        answer = {
+            "cause": f"cannot write {error.filename}: {error.strerror or error}",
+            "remedy": "free some disk space (temporary and cache folder)",
+        }
+    with answers:
+        json.dump(answer, answers)
+
+
+if __name__ == "__main__":
+    main()

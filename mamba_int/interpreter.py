@@ -1,0 +1,73 @@
+"""The NumPy int64 interpreter: the specification every other backend is tested equal to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from mamba_int.errors import MambaintError
+from mamba_int.graph import Graph, IntArray
+from mamba_int.operations import OPERATIONS
+
+
+def check_input(graph: Graph, values: ArrayLike) -> IntArray:
+    """Check a batch of inputs against the graph's input node and return it as int64.
+
+    Args:
+        graph: the model.
+        values: [batch, T, features] or, for tokens, [batch, T]; integers, or floats that are integers.
+
+    Raises:
+        MambaintError: naming the shape, or the position and value, at fault.
+    """
+    low, high = graph.input.integer("low"), graph.input.integer("high")
+    features = graph.input.integer("features")
+    try:
+        array = np.asarray(values)
+        numbers = array.astype(np.float64)
+    except (TypeError, ValueError) as error:
+        raise MambaintError("the input is ragged or not numeric", "give a rectangular array of integers") from error
+    wanted = 3 if features else 2
+    fixed = any(node.op == "reduce" for node in graph.nodes)
+    shape = array.shape
+    steps_fit = len(shape) == wanted and (shape[1] == graph.seq_len if fixed else shape[1] >= 1)
+    if not steps_fit or (features and shape[2] != features):
+        steps = str(graph.seq_len) if fixed else "T"
+        want = f"[batch, {steps}, {features}]" if features else f"[batch, {steps}]"
+        raise MambaintError(f"the input has shape {list(shape)}, the model takes {want}", "reshape the input")
+    wrong = ~np.isfinite(numbers) | (numbers != np.rint(numbers)) | (numbers < low) | (numbers > high)
+    if wrong.any():
+        where = tuple(int(i) for i in np.argwhere(wrong)[0])
+        raise MambaintError(
+            f"input value {array[where]} at {list(where)} is not an integer in {low}..{high}",
+            "give integers in that range",
+        )
+    return array.astype(np.int64)
+
+
+def evaluate(graph: Graph, inputs: IntArray, trace: dict[str, IntArray] | None = None) -> IntArray:
+    """Run a batch through the graph in int64.
+
+    Args:
+        graph: the model.
+        inputs: int64 as :func:`check_input` returns them.
+        trace: if given, receives every tensor by node name and every intermediate inside an operation
+            as ``node.intermediate``.
+
+    Returns:
+        The logits, int64 [batch, ...]; real values are ``logits * 2**-frac`` of the output node.
+    """
+    values: dict[str, IntArray] = {}
+    for node in graph.nodes:
+
+        def record(name: str, value: Any, prefix: str = node.name) -> None:
+            if trace is not None:
+                trace[f"{prefix}.{name}"] = value
+
+        operands = [inputs] if node.op == "input" else [values[name] for name in node.inputs]
+        values[node.name] = OPERATIONS[node.op].evaluate(node, operands, record)
+    if trace is not None:
+        trace.update(values)
+    return values[graph.output]

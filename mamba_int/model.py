@@ -1,0 +1,290 @@
+"""``MambaInt``: the native model. Its forward runs the integer graph on constants that are being learned.
+
+Latent real parameters become integers through straight-through quantizers; everything after that *is* the
+graph of ``mamba_int.native``, executed by ``mamba_int.executor``. So in eval mode the float32 forward
+computes the integer model bit for bit, and ``quantize`` loses nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mamba_int.config import MambaIntConfig
+from mamba_int.executor import execute_nodes
+from mamba_int.native import (
+    NativeNodes,
+    activation_names,
+    build_nodes,
+    chunked,
+    weight_names,
+)
+from triton_kernels.clamp import saturate
+from triton_kernels.straight_through import straight_through
+
+SCALE_MEMORY = 0.98
+"""Decay of the running mean square behind a static activation scale."""
+SCALE_SIGMAS = 4.0
+"""An activation saturates at this many root mean squares."""
+
+
+def quantize_parameter(real: Tensor, frac: int, limit: int) -> Tensor:
+    """round(real * 2^frac) clamped to +-limit, as floats; gradient of the product, straight-through."""
+    smooth = real * 2.0**frac
+    return saturate(straight_through(smooth, torch.floor(smooth + 0.5)), -limit, limit)
+
+
+def ternarize(weight: Tensor, frac: int) -> Tensor:
+    """BitNet b1.58 (Ma et al. 2024, arXiv 2402.17764): clamp(round(W / mean|W|), -1, 1), mean per row.
+
+    The gradient is that of ``W * 2^frac``: the scale that the following nodes apply is a power of two.
+    """
+    mean = weight.detach().abs().mean(1, keepdim=True).clamp_min(1e-5)
+    ternary = torch.floor(weight.detach() / mean + 0.5).clamp_(-1, 1)
+    return straight_through(weight * 2.0**frac, ternary)
+
+
+class MambaInt(nn.Module):
+    """The native integer Mamba: classification or language model.
+
+    Args:
+        config: shape, forms, bit budget.
+        seed: of the initial weights.
+
+    In training mode with scales not yet frozen, every forward updates the running estimates behind the
+    static power-of-two scales. Call :meth:`observe` once before the first step.
+    """
+
+    statistics: Tensor
+    fracs: Tensor
+    frozen: Tensor
+
+    def __init__(self, config: MambaIntConfig, seed: int = 0) -> None:
+        super().__init__()
+        self.config = c = config
+        random = torch.Generator().manual_seed(seed)
+        E, N, H = c.d_inner, c.d_state, c.n_heads
+
+        def normal(*shape: int, std: float) -> nn.Parameter:
+            return nn.Parameter(torch.randn(*shape, generator=random) * std)
+
+        parameters: dict[str, nn.Parameter] = {}
+        if c.task == "classification":
+            parameters["embed.weight"] = normal(c.d_model, c.n_features, std=0.5)
+            parameters["embed.bias"] = nn.Parameter(torch.zeros(c.d_model))
+        else:
+            parameters["residual.table"] = normal(c.vocab_size, c.d_model, std=1.0)
+        projected = 2 * E + 2 * N + H
+        for i in range(c.n_layer):
+            at = f"layer{i}."
+            parameters[at + "in_proj.weight"] = normal(projected, c.d_model, std=c.d_model**-0.5)
+            parameters[at + "decay_bias"] = nn.Parameter(
+                1 - torch.exp(torch.linspace(math.log(c.decay_max), math.log(c.decay_min), H))
+            )
+            for name, channels in (("conv_x", E), ("conv_BC", 2 * N)):
+                taps = normal(channels, c.d_conv, std=0.3)
+                taps.data[:, -1] += 0.7
+                parameters[at + name + ".taps"] = taps
+                parameters[at + name + ".bias"] = nn.Parameter(torch.zeros(channels))
+            angles = torch.exp(torch.linspace(math.log(0.02), math.log(1.5), N // 2))
+            if c.rotation != "none":
+                # Dyadic-Cayley: the angle is learned as tau = tan(omega / 2).
+                parameters[at + "tau"] = nn.Parameter(torch.tan(angles / 2))
+            parameters[at + "ssd.D"] = nn.Parameter(torch.ones(H))
+            parameters[at + "out_proj.weight"] = normal(c.d_model, E, std=E**-0.5)
+        parameters["logits.weight"] = normal(c.n_outputs, c.d_model, std=0.1)
+        parameters["logits.bias"] = nn.Parameter(torch.zeros(c.n_outputs))
+        # ParameterDict refuses dots in names.
+        self.latent = nn.ParameterDict({name.replace(".", "/"): value for name, value in parameters.items()})
+
+        self.weight_scales = weight_names(config)
+        self.activation_scales = activation_names(config)
+        names = len(self.weight_scales) + len(self.activation_scales)
+        self.register_buffer("statistics", torch.full((names,), -1.0))
+        self.register_buffer("fracs", torch.full((names,), 5, dtype=torch.int64))
+        self.register_buffer("frozen", torch.tensor(False))
+        self._observe_weights()
+
+    def parameter(self, name: str) -> Tensor:
+        """The latent real parameter ``node.constant``."""
+        return self.latent[name.replace(".", "/")]
+
+    @property
+    def exact(self) -> bool:
+        """Whether the forward computes integers; False for the float twin."""
+        return self.config.arithmetic == "integer"
+
+    @property
+    def scales_frozen(self) -> bool:
+        """Whether the static scales are final."""
+        return bool(self.frozen)
+
+    def scales(self) -> dict[str, int]:
+        """Binary places of every static scale, by name."""
+        names = [*self.weight_scales, *self.activation_scales]
+        return dict(zip(names, self.fracs.tolist(), strict=True))
+
+    def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
+        """AdamW groups: matrices, and everything small, at the same rate (a lower one for the latter costs)."""
+        matrices = [p for p in self.parameters() if p.dim() >= 2]
+        small = [p for p in self.parameters() if p.dim() < 2]
+        return [{"params": matrices, "lr": learning_rate}, {"params": small, "lr": learning_rate}]
+
+    # -- constants ---------------------------------------------------------------------------------------
+
+    def constant(self, name: str, frac: int) -> Tensor:
+        """The integers of constant ``node.constant`` at ``frac`` binary places, with gradients.
+
+        The float twin gets the unrounded values on the same scale.
+        """
+        c = self.config
+        owner, key = name.rsplit(".", 1)
+        layer = owner.split(".")[0]
+        if key == "weight":
+            weight = self.parameter(name)
+            form = c.input_weights if owner == "embed" else "int8" if owner == "logits" else c.weights
+            if not self.exact:
+                return weight * 2.0**frac
+            return ternarize(weight, frac) if form == "ternary" else quantize_parameter(weight, frac, 127)
+        if key == "sign":
+            return torch.sign(torch.cos(self._angles(layer, owner)).detach() + 1e-30)
+        if key == "value":
+            # literals of the forms: 4 of squareplus, 2 of hard-SiLU, -1, and the ones of the algebraic gate
+            last = owner.rsplit(".", 1)[-1]
+            literal = {"x_square4": 4.0, "z_plus2": 2.0, "minus_z": -1.0, "divisor": 1.0, "g_acc": 1.0}[last]
+            return torch.tensor(literal * 2.0**frac)
+        real, limit = self._real(name, owner, key, layer)
+        return quantize_parameter(real, frac, limit) if self.exact else real * 2.0**frac
+
+    def _real(self, name: str, owner: str, key: str, layer: str) -> tuple[Tensor, int]:
+        """The real value of a constant and the limit of its integers."""
+        c = self.config
+        if owner.endswith("in_proj"):
+            gate = torch.full((c.d_inner,), 0.5 if c.gate == "hard_sigmoid" else 0.0)
+            middle = torch.zeros(c.d_inner + 2 * c.d_state)
+            dt = self.parameter(f"{layer}.decay_bias") * 2.0**-c.dt_gain
+            device = dt.device
+            return torch.cat([gate.to(device), middle.to(device), dt]), 1 << 15
+        if key in ("cos", "sin", "cos_Q", "sin_Q", "lam", "gam"):
+            return self._rotation(owner, key, layer), 1 << 12
+        limits = {"taps": 127, "D": 127, "table": (1 << 11) - 1, "bias": 1 << 18}
+        return self.parameter(name), limits[key]
+
+    def _angles(self, layer: str, owner: str) -> Tensor:
+        """Angles [period, N/2] of a ``rotate`` node: -j w for B^ and C^, (Q - j) w for B'."""
+        c = self.config
+        omega = 2 * torch.atan(self.parameter(f"{layer}.tau"))
+        offset = torch.arange(c.chunk_size, device=omega.device, dtype=omega.dtype)[:, None]
+        return (c.chunk_size - offset if owner.endswith("B_next") else -offset) * omega
+
+    def _rotation(self, owner: str, key: str, layer: str) -> Tensor:
+        c = self.config
+        if key in ("cos_Q", "sin_Q"):
+            if c.rotation == "none":
+                return torch.full((c.d_state // 2,), 1.0 if key == "cos_Q" else 0.0)
+            whole = 2 * torch.atan(self.parameter(f"{layer}.tau")) * c.chunk_size
+            return torch.cos(whole) if key == "cos_Q" else torch.sin(whole)
+        angles = self._angles(layer, owner)
+        if key in ("cos", "sin"):
+            return torch.cos(angles) if key == "cos" else torch.sin(angles)
+        # Shear steps serve angles in [-pi/2, pi/2]; the half turn beyond is the node's sign.
+        folded = torch.atan(torch.tan(angles))
+        return -torch.tan(folded / 2) if key == "lam" else torch.sin(folded)
+
+    # -- scales ------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _observe_weights(self) -> None:
+        for i, name in enumerate(self.weight_scales):
+            weight = self.parameter(f"{name}.weight")
+            form = self.config.input_weights if name == "embed" else self.config.weights
+            mean = weight.abs().mean()
+            # ternary: 2^-frac nearest mean|W|; int8: four times the root mean square fits 127
+            self.statistics[i] = mean if form == "ternary" else weight.pow(2).mean().sqrt() * (4 / 127)
+
+    @torch.no_grad()
+    def _observe_activations(self, built: NativeNodes, values: dict[str, Tensor]) -> None:
+        fracs = {node.name: node.frac for node in built.nodes}
+        squares = []
+        for name in self.activation_scales:
+            source = built.observed[name]
+            squares.append(values[source].detach().pow(2).mean() * 4.0 ** -fracs[source])
+        now = torch.stack(squares)
+        running = self.statistics[len(self.weight_scales) :]
+        running.copy_(torch.where(running < 0, now, SCALE_MEMORY * running + (1 - SCALE_MEMORY) * now))
+
+    @torch.no_grad()
+    def _update_fracs(self) -> None:
+        values = self.statistics.tolist()
+        split = len(self.weight_scales)
+        fracs = [-round(math.log2(max(v, 1e-9))) for v in values[:split]]
+        for i, name in enumerate(self.weight_scales):
+            form = self.config.input_weights if name == "embed" else self.config.weights
+            if form == "int8":
+                fracs[i] = math.floor(-math.log2(max(values[i], 1e-9)))
+        for name, mean_square in zip(self.activation_scales, values[split:], strict=True):
+            bits = self._bits(name)
+            rms = math.sqrt(max(mean_square, 1e-12))
+            fracs.append(math.floor(math.log2(((1 << bits) - 1) / (SCALE_SIGMAS * rms))))
+        self.fracs.copy_(torch.tensor([min(max(f, 0), 12) for f in fracs]))
+
+    def _bits(self, name: str) -> int:
+        """Width a static scale fills: ``y`` may be wider than int8, but is scaled as int8."""
+        return self.config.pool_bits if name == "pooled" else self.config.activation_bits
+
+    def observe(self, inputs: Tensor) -> None:
+        """First estimate of all static scales, from one unrounded forward over ``inputs``."""
+        built, values = self._run(inputs, rounding=False)
+        self._observe_activations(built, values)
+        self._update_fracs()
+
+    def freeze_scales(self) -> None:
+        """Make the static scales final; training goes on with them."""
+        self.frozen.fill_(True)
+
+    # -- forward -----------------------------------------------------------------------------------------
+
+    def _run(
+        self, inputs: Tensor, rounding: bool, trace: dict[str, Tensor] | None = None
+    ) -> tuple[NativeNodes, dict[str, Tensor]]:
+        built = build_nodes(self.config, self.scales(), self.constant)
+        dtype = self.latent["logits/bias"].dtype
+        return built, execute_nodes(built.nodes, inputs.to(dtype), trace, rounding)
+
+    def forward(self, inputs: Tensor, trace: dict[str, Tensor] | None = None) -> Tensor:
+        """Real-valued logits.
+
+        Args:
+            inputs: integers [batch, seq_len, n_features], or token ids [batch, T].
+            trace: if given, receives every tensor of the graph by name, as integers held in floats.
+
+        Returns:
+            float [batch, n_classes], or [batch, T, vocab_size]: integer logits times 2^-frac.
+        """
+        learning = self.training and self.exact and not self.scales_frozen
+        if learning:
+            self._observe_weights()
+            self._update_fracs()
+        built, values = self._run(inputs, self.exact, trace)
+        if learning:
+            self._observe_activations(built, values)
+        return values[built.output] * 2.0 ** -built.nodes[-1].frac
+
+    @torch.no_grad()
+    def frozen_integers(self) -> dict[str, Tensor]:
+        """Every constant of the graph as int64, by ``node.constant``: what the checkpoint keeps.
+
+        Recomputing them on another machine could differ in the last place of a mean or a cosine.
+        """
+        built = build_nodes(self.config, self.scales(), self.constant)
+        result = {}
+        for node in built.nodes:
+            for key, value in node.constants.items():
+                result[f"{node.name}.{key}"] = value.double().round().long()
+        return result
+
+

@@ -1,0 +1,37 @@
+"""The closed set of operations, by the name they bear in every layer."""
+
+from mamba_int.operations.base import Operation
+from mamba_int.operations.division import Div, Isqrt
+from mamba_int.operations.elementwise import Add, Mul, Sub
+from mamba_int.operations.input import Embedding, Input
+from mamba_int.operations.linear import Conv, Linear
+from mamba_int.operations.norm import Norm
+from mamba_int.operations.rotate import Rotate
+from mamba_int.operations.rounding import Clamp, Relu, Shift
+from mamba_int.operations.shape import Reduce, Slice
+from mamba_int.operations.ssd import Ssd
+
+OPERATIONS: dict[str, Operation] = {
+    operation.name: operation
+    for operation in (
+        Input(),
+        Embedding(),
+        Linear(),
+        Conv(),
+        Add(),
+        Sub(),
+        Mul(),
+        Shift(),
+        Clamp(),
+        Relu(),
+        Norm(),
+        Rotate(),
+        Ssd(),
+        Isqrt(),
+        Div(),
+        Slice(),
+        Reduce(),
+    )
+}
+
+__all__ = ["OPERATIONS", "Operation"]

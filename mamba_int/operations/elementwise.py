@@ -1,0 +1,69 @@
+"""``add``, ``sub``, ``mul``: elementwise, of two tensors or of one and the constant ``value``."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mamba_int.graph import IntArray, Node, TensorType
+from mamba_int.operations.base import Operation, Record, check
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class _Binary(Operation):
+    @abstractmethod
+    def combine(self, a: Any, b: Any) -> Any:
+        """The operation on integers, arrays or tensors."""
+
+    def infer(self, node: Node, inputs: Sequence[TensorType], seq_len: int) -> TensorType:
+        if len(inputs) == 1:
+            value = np.asarray(node.constants["value"])
+            check(value.ndim <= 1, "the constant must be a scalar or a vector")
+            other = TensorType(value.shape, int(value.min()), int(value.max()))
+            check(np.broadcast_shapes(inputs[0].shape, value.shape) == inputs[0].shape, "constant does not fit")
+        else:
+            check(len(inputs) == 2 and inputs[0].shape == inputs[1].shape, "operands differ in shape")
+            other = inputs[1]
+        x = inputs[0]
+        corners = [int(self.combine(a, b)) for a in (x.low, x.high) for b in (other.low, other.high)]
+        return TensorType(x.shape, min(corners), max(corners))
+
+    def evaluate(self, node: Node, inputs: Sequence[IntArray], record: Record) -> IntArray:
+        result: IntArray = self.combine(inputs[0], inputs[1] if len(inputs) == 2 else node.constants["value"])
+        return result
+
+    def execute(self, node: Node, inputs: Sequence[Tensor], record: Record, rounding: bool) -> Tensor:
+        result: Tensor = self.combine(inputs[0], inputs[1] if len(inputs) == 2 else node.constants["value"])
+        return result
+
+
+class Add(_Binary):
+    """x + y."""
+
+    name = "add"
+
+    def combine(self, a: Any, b: Any) -> Any:
+        return a + b
+
+
+class Sub(_Binary):
+    """x - y."""
+
+    name = "sub"
+
+    def combine(self, a: Any, b: Any) -> Any:
+        return a - b
+
+
+class Mul(_Binary):
+    """x * y."""
+
+    name = "mul"
+
+    def combine(self, a: Any, b: Any) -> Any:
+        return a * b

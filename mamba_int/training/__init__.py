@@ -1,0 +1,21 @@
+"""Training of integer models and their float twins: recipe, loop, resume, checkpoints."""
+
+from mamba_int.training.checkpoint import Checkpoint, DataDescription, load_checkpoint, save_checkpoint
+from mamba_int.training.config import TrainingConfig
+from mamba_int.training.evaluation import evaluate
+from mamba_int.training.protocol import ModelConfig, TrainableModel
+from mamba_int.training.trainer import Progress, TrainingResult, train
+
+__all__ = [
+    "Checkpoint",
+    "DataDescription",
+    "ModelConfig",
+    "Progress",
+    "TrainableModel",
+    "TrainingConfig",
+    "TrainingResult",
+    "evaluate",
+    "load_checkpoint",
+    "save_checkpoint",
+    "train",
+]

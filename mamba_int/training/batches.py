@@ -1,0 +1,117 @@
+"""Training batches as a pure function of (seed, step): a resumed run needs no data position."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mamba_int.datasets import ClassificationData, TextData, shift_sequences
+from mamba_int.errors import MambaintError
+from mamba_int.training.config import TrainingConfig
+
+CALIBRATION_SAMPLES = 256
+
+
+def _generator(seed: int, stream: int, index: int) -> torch.Generator:
+    """A CPU generator of its own for every (seed, stream, index), independent of all others."""
+    state = np.random.SeedSequence((seed, stream, index)).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state) & (2**63 - 1))
+
+
+class Batches(Protocol):
+    """Source of training batches.
+
+    Attributes:
+        steps_per_epoch: batches until every sample (or as many tokens as there are) was seen.
+        tokens_per_batch: steps of all sequences of a batch.
+    """
+
+    steps_per_epoch: int
+    tokens_per_batch: int
+
+    def at(self, step: int) -> tuple[Tensor, Tensor]:
+        """The inputs and targets of a step."""
+        ...
+
+    def calibration(self) -> Tensor:
+        """Inputs for the first look at the activations."""
+        ...
+
+
+class ClassificationBatches:
+    """Epochs of a seeded permutation, the incomplete last batch of each left out."""
+
+    def __init__(self, data: ClassificationData, config: TrainingConfig, device: torch.device) -> None:
+        if config.shift_augmentation and not data.input_low <= 0 <= data.input_high:
+            raise MambaintError(
+                f"shift_augmentation fills with 0, outside the inputs {data.input_low}..{data.input_high}",
+                "set shift_augmentation = 0",
+            )
+        self._inputs = data.train_inputs.to(device)
+        self._labels = data.train_labels.to(device)
+        self._seed = config.seed
+        self._reach = config.shift_augmentation
+        self._batch = min(config.batch_size, len(self._labels))
+        self.steps_per_epoch = len(self._labels) // self._batch
+        self.tokens_per_batch = self._batch * data.seq_len
+        self._order = lru_cache(maxsize=1)(self._permutation)
+
+    def _permutation(self, epoch: int) -> Tensor:
+        generator = _generator(self._seed, 0, epoch)
+        return torch.randperm(len(self._labels), generator=generator).to(self._labels.device)
+
+    def at(self, step: int) -> tuple[Tensor, Tensor]:
+        """int64 [batch, T, C] inputs, shifted if so configured, and int64 [batch] labels."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        rows = self._order(epoch)[position * self._batch : (position + 1) * self._batch]
+        inputs = self._inputs[rows]
+        if self._reach:
+            inputs = shift_sequences(inputs, self._reach, _generator(self._seed, 1, step))
+        return inputs, self._labels[rows]
+
+    def calibration(self) -> Tensor:
+        """int64 [up to 256, T, C]."""
+        return self._inputs[self._order(0)[:CALIBRATION_SAMPLES]]
+
+
+class TextBatches:
+    """Windows at random places of a text."""
+
+    def __init__(self, data: TextData, config: TrainingConfig, device: torch.device) -> None:
+        self._places = len(data.train) - config.sequence_length
+        if self._places < 1:
+            raise MambaintError(
+                f"the training text of {data.name} has {len(data.train)} bytes, too few for a window of "
+                f"{config.sequence_length}",
+                "give a longer text or a smaller sequence_length",
+            )
+        self._text = data.train.to(device)
+        self._window = torch.arange(config.sequence_length + 1, device=device)
+        self._seed = config.seed
+        self._batch = config.batch_size
+        self.tokens_per_batch = self._batch * config.sequence_length
+        self.steps_per_epoch = max(1, len(data.train) // self.tokens_per_batch)
+
+    def at(self, step: int) -> tuple[Tensor, Tensor]:
+        """int64 [batch, T] tokens and int64 [batch, T] next tokens."""
+        generator = _generator(self._seed, 0, step)
+        starts = torch.randint(0, self._places, (self._batch, 1), generator=generator)
+        windows = self._text[starts.to(self._text.device) + self._window].long()
+        return windows[:, :-1], windows[:, 1:]
+
+    def calibration(self) -> Tensor:
+        """int64 [batch, T]."""
+        return self.at(0)[0]
+
+
+def make_batches(
+    data: ClassificationData | TextData, config: TrainingConfig, device: torch.device
+) -> Batches:
+    """The batches of a data set, kept on ``device``."""
+    if isinstance(data, TextData):
+        return TextBatches(data, config, device)
+    return ClassificationBatches(data, config, device)

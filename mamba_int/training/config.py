@@ -1,0 +1,120 @@
+"""The training recipe as a value."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+from mamba_int.config import dataclass_from_dict
+from mamba_int.errors import MambaintError
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How to train; see ``docs`` for the measurements behind the defaults.
+
+    Attributes:
+        steps, epochs: length of training; exactly one of them is above 0.
+        batch_size: sequences per step (fewer if the data has fewer).
+        sequence_length: language model: tokens per sequence.
+        learning_rate: peak rate; ternary weights want about twice that of a float model.
+        twin_learning_rate: peak rate of the float twin; 0 for half of ``learning_rate``.
+        warmup_steps: steps of linear warm-up.
+        schedule: how the rate falls to 0 after the warm-up.
+        weight_decay, beta1, beta2, gradient_clip: of AdamW.
+        freeze_at: fraction of training after which the activation scales are frozen.
+        label_smoothing: of the cross entropy.
+        shift_augmentation: classification: reach of random shifts in step and feature.
+        average_from: fraction of training from which the weights are averaged uniformly, and the
+            average instead of the last weights is validated and kept; 0 for never.
+        seed: of initial weights, order of the data and augmentation.
+        validate_every: steps between validations; 0 for twenty in all.
+        validation_tokens: language model: tokens of the validation split used while training.
+        evaluation_length: language model: window in which validation and test text is read.
+        checkpoint_every: steps between saves of the state for resuming.
+        threads: CPU threads; 0 leaves PyTorch's choice.
+    """
+
+    steps: int = 0
+    epochs: int = 60
+    batch_size: int = 32
+    sequence_length: int = 128
+    learning_rate: float = 2e-2
+    twin_learning_rate: float = 0.0
+    warmup_steps: int = 50
+    schedule: Literal["linear", "cosine"] = "linear"
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.98
+    gradient_clip: float = 1.0
+    freeze_at: float = 0.5
+    label_smoothing: float = 0.0
+    shift_augmentation: int = 0
+    average_from: float = 0.0
+    seed: int = 0
+    validate_every: int = 0
+    validation_tokens: int = 16384
+    evaluation_length: int = 1024
+    checkpoint_every: int = 200
+    threads: int = 0
+
+    def __post_init__(self) -> None:
+        def need(condition: bool, key: str, remedy: str) -> None:
+            if not condition:
+                raise MambaintError(f"[training] {key} = {getattr(self, key)}", remedy)
+
+        if (self.steps > 0) == (self.epochs > 0):
+            raise MambaintError(
+                f"[training] steps = {self.steps} and epochs = {self.epochs}",
+                "give exactly one of them above 0",
+            )
+        for key in (
+            "batch_size",
+            "sequence_length",
+            "validation_tokens",
+            "evaluation_length",
+            "checkpoint_every",
+        ):
+            need(getattr(self, key) >= 1, key, "give a positive integer")
+        for key in ("steps", "epochs", "warmup_steps", "shift_augmentation", "validate_every", "threads"):
+            need(getattr(self, key) >= 0, key, "give 0 or more")
+        need(0 <= self.seed < 2**63, "seed", "give an integer from 0 to 2^63 - 1")
+        need(
+            math.isfinite(self.learning_rate) and self.learning_rate > 0,
+            "learning_rate",
+            "give a positive number",
+        )
+        for key in ("twin_learning_rate", "weight_decay"):
+            need(math.isfinite(getattr(self, key)) and getattr(self, key) >= 0, key, "give 0 or more")
+        need(self.gradient_clip > 0, "gradient_clip", "give a positive number")
+        for key in ("beta1", "beta2", "label_smoothing"):
+            need(0 <= getattr(self, key) < 1, key, "give a number from 0 up to, not including, 1")
+        need(0 <= self.freeze_at <= 1, "freeze_at", "give a fraction of training from 0 to 1")
+        need(
+            self.average_from == 0 or self.freeze_at <= self.average_from < 1,
+            "average_from",
+            "give 0, or a fraction of training from freeze_at up to, not including, 1",
+        )
+
+    def twin(self) -> Self:
+        """The recipe of the float twin: the same, at its own learning rate."""
+        rate = self.twin_learning_rate or self.learning_rate / 2
+        return dataclasses.replace(self, learning_rate=rate)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as JSON-able values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Inverse of :meth:`to_dict`; raises MambaintError on unknown keys or wrong values."""
+        return dataclass_from_dict(cls, values, "[training]")
+
+
+def learning_rate_factor(step: int, steps: int, warmup_steps: int, schedule: str) -> float:
+    """Share of the peak learning rate at a step from 0 to ``steps`` - 1: above 0, at most 1."""
+    warmup = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
+    done = step / steps
+    return warmup * ((1.0 - done) if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done)))

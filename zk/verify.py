@@ -25,11 +25,11 @@ class Verdict:
     """The outcome of checking a proof.
 
     Attributes:
-        valid: whether the statement is proved; if False nothing below ``reason`` is proved.
+        valid: whether the statement is proved.
         reason: why it is invalid, on one line; empty if valid.
         model_id: the trusted package's model.
         circuit_id: the trusted package's circuit.
-        public: the proof's public values, if it could be read that far, else empty.
+        public: the public values that are proved, flattened row-major; empty if invalid.
         statement: the trusted package's description of what a proof says.
         srs_kind: "development" or "ceremony".
         package_sha256: hash (hex) of the trusted package.
@@ -85,9 +85,9 @@ def check(
     reason = ""
     try:
         proof = decode_proof(raw_proof)
-        public = proof.public
         _check_identity(proof, package, package_sha256, expected_model_id)
         _check_segment(proof.segments[0], rebuild_instances(proof.public, package), package)
+        public = proof.public
     except InvalidProof as error:
         reason = str(error)
     return Verdict(

@@ -3,13 +3,12 @@
 from mamba_int.training.checkpoint import Checkpoint, DataDescription, load_checkpoint, save_checkpoint
 from mamba_int.training.config import TrainingConfig
 from mamba_int.training.evaluation import evaluate
-from mamba_int.training.protocol import ModelConfig, TrainableModel
+from mamba_int.training.protocol import TrainableModel
 from mamba_int.training.trainer import Progress, TrainingResult, train
 
 __all__ = [
     "Checkpoint",
     "DataDescription",
-    "ModelConfig",
     "Progress",
     "TrainableModel",
     "TrainingConfig",

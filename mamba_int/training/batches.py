@@ -28,10 +28,12 @@ class Batches(Protocol):
     Attributes:
         steps_per_epoch: batches until every sample (or as many tokens as there are) was seen.
         tokens_per_batch: steps of all sequences of a batch.
+        predictions_per_batch: targets of a batch.
     """
 
     steps_per_epoch: int
     tokens_per_batch: int
+    predictions_per_batch: int
 
     def at(self, step: int) -> tuple[Tensor, Tensor]:
         """The inputs and targets of a step."""
@@ -58,6 +60,7 @@ class ClassificationBatches:
         self._batch = min(config.batch_size, len(self._labels))
         self.steps_per_epoch = len(self._labels) // self._batch
         self.tokens_per_batch = self._batch * data.seq_len
+        self.predictions_per_batch = self._batch
         self._order = lru_cache(maxsize=1)(self._permutation)
 
     def _permutation(self, epoch: int) -> Tensor:
@@ -94,6 +97,7 @@ class TextBatches:
         self._seed = config.seed
         self._batch = config.batch_size
         self.tokens_per_batch = self._batch * config.sequence_length
+        self.predictions_per_batch = self.tokens_per_batch
         self.steps_per_epoch = max(1, len(data.train) // self.tokens_per_batch)
 
     def at(self, step: int) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,6 @@ from mamba_int.datasets import ClassificationData, DataSource, TextData
 from mamba_int.errors import MambaintError
 from mamba_int.training.config import TrainingConfig
 from mamba_int.training.container import read_container, require_keys, write_container
-from mamba_int.training.protocol import ModelConfig
 
 FORMAT = "mambaint-checkpoint"
 VERSION = 1
@@ -143,7 +142,7 @@ class Checkpoint:
 
 def save_checkpoint(
     path: Path,
-    model_config: ModelConfig,
+    model_config: MambaIntConfig,
     training_config: TrainingConfig,
     data: DataDescription,
     results: Mapping[str, float],

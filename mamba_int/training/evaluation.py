@@ -59,15 +59,20 @@ def evaluate(
         max_tokens: language model: use about that many tokens, in windows spread evenly over the split.
 
     Raises:
-        MambaintError: if the text split is too short for one prediction.
+        MambaintError: if the text split is too short for one prediction, or the loss is not finite.
     """
     model.eval()
     with torch.inference_mode():
         if isinstance(data, TextData):
-            return _evaluate_text(model, getattr(data, split), device, window, max_tokens)
-        return _evaluate_classes(
-            model, getattr(data, f"{split}_inputs"), getattr(data, f"{split}_labels"), device
+            score = _evaluate_text(model, getattr(data, split), device, window, max_tokens)
+        else:
+            inputs, labels = getattr(data, f"{split}_inputs"), getattr(data, f"{split}_labels")
+            score = _evaluate_classes(model, inputs, labels, device)
+    if not math.isfinite(score.loss):
+        raise MambaintError(
+            f"the loss on the {split} split is not finite", "lower learning_rate, and train with --restart"
         )
+    return score
 
 
 def _evaluate_classes(model: TrainableModel, inputs: Tensor, labels: Tensor, device: torch.device) -> Score:
@@ -93,7 +98,9 @@ def _evaluate_text(
         kept = max(1, max_tokens // window)
         starts = starts[torch.arange(kept) * count // kept]
     loss = torch.zeros((), dtype=torch.float64, device=device)
-    for chunk in starts.split(max(1, _TOKENS_PER_BATCH // window)):
+    batch = max(1, _TOKENS_PER_BATCH // window)
+    for first in range(0, len(starts), batch):
+        chunk = starts[first : first + batch]
         windows = text[chunk[:, None] + torch.arange(window + 1)].long().to(device)
         logits = model(windows[:, :-1])
         loss += functional.cross_entropy(

@@ -74,7 +74,9 @@ def plot_metrics(path: Path, picture: Path, title: str) -> None:
     for key, (label, colour, style) in labels.items():
         points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
         if points:
-            right.plot(*zip(*points, strict=True), style, color=colour, label=label, markersize=4, linewidth=1)
+            right.plot(
+                *zip(*points, strict=True), style, color=colour, label=label, markersize=4, linewidth=1
+            )
             right.legend(loc="center right")
     with replacing(picture) as temporary:
         figure.savefig(temporary, format="png", dpi=120)

@@ -1,24 +1,12 @@
-"""What the trainer needs of a model and its configuration, and nothing more."""
+"""What the trainer needs of a model and nothing more."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
-
-
-class ModelConfig(Protocol):
-    """The part of :class:`~mamba_int.config.MambaIntConfig` that training reads."""
-
-    @property
-    def task(self) -> Literal["classification", "language_model"]: ...
-
-    @property
-    def arithmetic(self) -> Literal["integer", "float"]: ...
-
-    def to_dict(self) -> dict[str, Any]: ...
 
 
 class TrainableModel(Protocol):

@@ -1,0 +1,183 @@
+"""A training to be done: preset, configuration file and overrides, resolved to three tables."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import tomllib
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from mamba_int.config import MambaIntConfig
+from mamba_int.datasets import ClassificationData, DataSource, TextData, source_from_path
+from mamba_int.errors import MambaintError
+from mamba_int.files import read_bytes
+from mamba_int.training.config import TrainingConfig
+
+TABLES = ("model", "training", "data")
+_FROM_DATA = ("task", "n_features", "n_classes", "vocab_size", "input_low", "input_high")
+_PRESETS = resources.files("mamba_int") / "presets"
+
+Table = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What to train, before the data is loaded.
+
+    Attributes:
+        name: name of the preset, or of the data file: the default run folder.
+        model: keys of :class:`MambaIntConfig` apart from those that the data decides.
+        training: the recipe.
+        source: the data.
+    """
+
+    name: str
+    model: Table
+    training: TrainingConfig
+    source: DataSource
+
+    def model_config(
+        self, data: ClassificationData | TextData, arithmetic: str = "integer"
+    ) -> MambaIntConfig:
+        """The model's configuration, with the shape that the data dictates.
+
+        ``input_frac`` puts the largest input integer between 2 and 4, where the recipe was measured,
+        unless the experiment sets it.
+        """
+        values: Table = {"arithmetic": arithmetic, **self.model}
+        if isinstance(data, TextData):
+            values |= {"task": "language_model", "vocab_size": data.vocab_size}
+            values.setdefault("seq_len", self.training.sequence_length)
+        else:
+            largest = max(abs(data.input_low), abs(data.input_high))
+            values.setdefault("input_frac", max(0, int(math.log2(largest)) - 1))
+            values |= {
+                "task": "classification",
+                "seq_len": data.seq_len,
+                "n_features": data.n_features,
+                "n_classes": data.n_classes,
+                "input_low": data.input_low,
+                "input_high": data.input_high,
+            }
+        return MambaIntConfig.from_dict(values)
+
+
+def preset_names() -> list[str]:
+    """The presets that ship with the package."""
+    return sorted(entry.name[:-5] for entry in _PRESETS.iterdir() if entry.name.endswith(".toml"))
+
+
+def _parse(content: bytes, source: str) -> dict[str, Table]:
+    try:
+        document = tomllib.loads(content.decode())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise MambaintError(f"{source} is not valid TOML ({error})", "correct the file") from error
+    for key, value in document.items():
+        if key not in TABLES or not isinstance(value, dict):
+            near = difflib.get_close_matches(key, TABLES, n=1)
+            raise MambaintError(
+                f"{source} has an unknown key '{key}'",
+                f"did you mean the table [{near[0]}]?"
+                if near
+                else "use the tables [model], [training], [data]",
+            )
+    for key in document.get("model", {}):
+        if key in _FROM_DATA:
+            raise MambaintError(f"{source}: [model] {key} is read from the data", f"remove {key}")
+    return document
+
+
+def read_preset(name: str) -> dict[str, Table]:
+    """The tables of a preset.
+
+    Raises:
+        MambaintError: if there is no such preset, naming the nearest.
+    """
+    names = preset_names()
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1)
+        remedy = f"did you mean '{near[0]}'?" if near else f"choose one of {', '.join(names)}"
+        raise MambaintError(f"there is no preset '{name}'", remedy)
+    return _parse((_PRESETS / f"{name}.toml").read_bytes(), f"the preset {name}")
+
+
+def _data_table(config_path: Path | None, tables: dict[str, Table], data_path: Path | None) -> Table:
+    """What the user says about the data; a path in a configuration file is relative to that file."""
+    table = dict(tables.get("data", {}))
+    path = table.get("path")
+    if data_path is not None:
+        described = source_from_path(data_path)
+        table |= {"path": described.path}
+        table.setdefault("kind", described.kind)
+    elif isinstance(path, str) and path and config_path is not None:
+        described = source_from_path(config_path.parent / path)
+        table |= {"path": described.path}
+        table.setdefault("kind", described.kind)
+    return table
+
+
+def resolve(
+    preset: str | None = None,
+    config_path: Path | None = None,
+    data_path: Path | None = None,
+    seed: int | None = None,
+    steps: int | None = None,
+) -> Experiment:
+    """Lay a configuration file over a preset, key by key, and single overrides over both.
+
+    Args:
+        preset: name of a preset; None for ``char`` if the data is text, else ``digits``.
+        config_path: TOML file with any of the tables [model], [training], [data].
+        data_path: data file instead of the preset's data.
+        seed: seed of the run.
+        steps: length of the run, instead of steps or epochs.
+
+    Raises:
+        MambaintError: for unknown presets, keys or values, naming the key and the nearest valid one.
+    """
+    tables: dict[str, Table] = {}
+    if config_path is not None:
+        content = read_bytes(config_path, "give the path of a TOML file")
+        tables = _parse(content, str(config_path))
+    data = _data_table(config_path, tables, data_path)
+    own_data = bool(data.keys() & {"kind", "path"})
+    if preset is None:
+        preset = "char" if data.get("kind") in ("text", "moby-dick") else "digits"
+    base = read_preset(preset)
+    model = {**base.get("model", {}), **tables.get("model", {})}
+    overrides = dict(tables.get("training", {}))
+    if steps is not None:
+        overrides.pop("epochs", None)
+        overrides["steps"] = steps
+    if seed is not None:
+        overrides["seed"] = seed
+    training = {"epochs": 0, **base.get("training", {})}
+    if own_data:
+        # Shifting by a pixel is right for the preset's images and wrong for most other sequences.
+        training.pop("shift_augmentation", None)
+    # Steps and epochs exclude each other: the one that is overridden displaces the other.
+    if "steps" in overrides:
+        training["epochs"] = 0
+    elif "epochs" in overrides:
+        training["steps"] = 0
+    source = DataSource.from_dict(data if own_data else {**base.get("data", {}), **data})
+    config = TrainingConfig.from_dict({**training, **overrides})
+    # Keys are checked here, before any data is loaded; the shape is filled in by the data later.
+    MambaIntConfig.from_dict(model)
+    _check_task(preset, source, base)
+    return Experiment(Path(source.path).stem if own_data and source.path else preset, model, config, source)
+
+
+def _check_task(preset: str, source: DataSource, base: dict[str, Table]) -> None:
+    wanted, found = (
+        "text" if described.is_text else "labelled sequences"
+        for described in (DataSource.from_dict(base.get("data", {})), source)
+    )
+    if wanted != found:
+        raise MambaintError(
+            f"the preset {preset} trains on {wanted}, the data is {found}",
+            f"use --preset {'char' if source.is_text else 'digits'}",
+        )

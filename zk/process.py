@@ -65,6 +65,7 @@ def run_job(kind: str, job: dict[str, Any], *, what: str, timeout: float) -> dic
                 # Also the way out of a KeyboardInterrupt: the child is in a session of its own.
                 if child.poll() is None:
                     os.killpg(child.pid, signal.SIGKILL)
+                    child.wait()
     return _answer(answer, log, child.returncode, what)
 
 

@@ -107,8 +107,8 @@ def _show(report: dict[str, Any], name: str) -> None:
 @click.option(
     "--out", type=click.Path(path_type=Path), metavar="DIR", help="Run folder [default: runs/<preset>]."
 )
-@click.option("--seed", type=int, help="Seed of weights, data order and augmentation.")
-@click.option("--steps", type=int, help="Training steps, instead of the preset's length.")
+@click.option("--seed", type=click.IntRange(min=0), help="Seed of weights, data order and augmentation.")
+@click.option("--steps", type=click.IntRange(min=1), help="Training steps, instead of the preset's length.")
 @click.option("--twin/--no-twin", default=False, help="Also train the float twin, for comparison.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 @click.option("--restart", is_flag=True, help="Discard what an earlier run left in the folder.")

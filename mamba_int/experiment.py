@@ -154,15 +154,15 @@ def resolve(
         overrides["steps"] = steps
     if seed is not None:
         overrides["seed"] = seed
-    training = {"epochs": 0, **base.get("training", {})}
+    training = dict(base.get("training", {}))
     if own_data:
         # Shifting by a pixel is right for the preset's images and wrong for most other sequences.
         training.pop("shift_augmentation", None)
-    # Steps and epochs exclude each other: the one that is overridden displaces the other.
-    if "steps" in overrides:
-        training["epochs"] = 0
-    elif "epochs" in overrides:
-        training["steps"] = 0
+    if "epochs" in overrides:
+        if "steps" in overrides:
+            raise MambaintError(f"{config_path}: [training] has both steps and epochs", "remove one of them")
+        # Steps take precedence over epochs, so those of the preset must go.
+        training.pop("steps", None)
     source = DataSource.from_dict(data if own_data else {**base.get("data", {}), **data})
     config = TrainingConfig.from_dict({**training, **overrides})
     # Keys are checked here, before any data is loaded; the shape is filled in by the data later.

@@ -16,7 +16,8 @@ class TrainingConfig:
     """How to train; see ``docs`` for the measurements behind the defaults.
 
     Attributes:
-        steps, epochs: length of training; exactly one of them is above 0.
+        steps: length of training; 0 to count in epochs.
+        epochs: length of training where ``steps`` is 0.
         batch_size: sequences per step (fewer if the data has fewer).
         sequence_length: language model: tokens per sequence.
         learning_rate: peak rate; ternary weights want about twice that of a float model.
@@ -65,11 +66,6 @@ class TrainingConfig:
             if not condition:
                 raise MambaintError(f"[training] {key} = {getattr(self, key)}", remedy)
 
-        if (self.steps > 0) == (self.epochs > 0):
-            raise MambaintError(
-                f"[training] steps = {self.steps} and epochs = {self.epochs}",
-                "give exactly one of them above 0",
-            )
         for key in (
             "batch_size",
             "sequence_length",
@@ -80,6 +76,7 @@ class TrainingConfig:
             need(getattr(self, key) >= 1, key, "give a positive integer")
         for key in ("steps", "epochs", "warmup_steps", "shift_augmentation", "validate_every", "threads"):
             need(getattr(self, key) >= 0, key, "give 0 or more")
+        need(self.steps > 0 or self.epochs > 0, "epochs", "give steps or epochs above 0")
         need(0 <= self.seed < 2**63, "seed", "give an integer from 0 to 2^63 - 1")
         need(
             math.isfinite(self.learning_rate) and self.learning_rate > 0,

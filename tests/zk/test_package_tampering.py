@@ -162,6 +162,20 @@ def test_altered_card(honest: Honest, field: str, value: Any, because: str) -> N
     refused(with_card(honest, **{field: value}), because)
 
 
+@pytest.mark.parametrize("member", ["card.json", "settings.json"])
+def test_number_that_overflows_to_infinity(honest: Honest, member: str) -> None:
+    if member == "card.json":
+        content = members(honest)
+        card = content[member].replace(b'"task":"toy"', b'"task":1e999')
+        assert card != content[member]
+        refused(zipped({**content, member: card}), "a number that is none")
+    else:
+        settings = honest.package.settings.replace(b'"epsilon":2.220446049250313e-16', b'"epsilon":1e999')
+        assert settings != honest.package.settings
+        package = dataclasses.replace(honest.package, settings=settings)
+        refused(package.encode(), "a number that is none")
+
+
 @pytest.mark.parametrize(
     ("field", "value", "because"),
     [

@@ -207,6 +207,7 @@ def test_proof_for_another_model_than_the_user_wants(honest: Honest) -> None:
         (b"\n", b"\r\n"),
         (b":[2,-21,20]", b": [2,-21,20]"),
         (b"[2,-21,20]", b"[2,-21,2e1]"),
+        (b"[2,-21,20]", b"[2,-21,1e999]"),
         (b"[2,-21,20]", b"[2,-21,20,]"),
         (b"[2,-21,20]", b"[02,-21,20]"),
         (b'"logits"', b'"\\u006cogits"'),

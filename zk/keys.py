@@ -167,7 +167,8 @@ def _check_folder(folder: Path, identity: str) -> tuple[dict[str, Any], dict[str
         ) from error
     if sizes["pk.key"] != manifest["pk_bytes"]:
         raise MambaintError(f"the keys in {folder} are damaged: pk.key has the wrong size", remedy)
+    hashes = manifest["sha256"]
     for name in _HASHED:
-        if store.sha256_file(folder / name) != manifest["sha256"][name]:
+        if not isinstance(hashes, dict) or store.sha256_file(folder / name) != hashes.get(name):
             raise MambaintError(f"the keys in {folder} are damaged: {name} was changed", remedy)
     return manifest, sizes

@@ -127,7 +127,7 @@ def command(
 ) -> None:
     """Train an integer Mamba model.
 
-    Without options: the digits preset, about a minute. Interrupt with Ctrl-C at any time; the same
+    Without options: the digits preset, half a minute. Interrupt with Ctrl-C at any time; the same
     command resumes, with the same result as if it had not been interrupted.
     """
     from mamba_int.datasets import load_data

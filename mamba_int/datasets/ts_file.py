@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -142,7 +143,7 @@ def load_ts(path: Path, seq_len: int = 0, split_seed: int = 0) -> Classification
         if name.upper().endswith(ending):
             name = name[: -len(ending)]
             pair = path.with_name(f"{name}_TRAIN.ts"), path.with_name(f"{name}_TEST.ts")
-            if all(part.is_file() for part in pair):
+            if all(os.path.isfile(part) for part in pair):
                 path, test_path = pair
             break
     files = [_parse(path)] + ([_parse(test_path)] if test_path is not None else [])

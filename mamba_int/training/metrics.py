@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mamba_int.errors import MambaintError
-from mamba_int.files import replacing, write_bytes
+from mamba_int.files import read_bytes, replacing, write_bytes
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -15,7 +15,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     if not path.exists():
         return rows
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in read_bytes(path).decode(errors="replace").splitlines():
         try:
             row = json.loads(line)
         except ValueError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -80,7 +81,7 @@ class TrainingRun:
         self.progress = RunProgress()
         self.validation: Score | None = None
         self.metric_name = "bits_per_byte" if isinstance(data, TextData) else "accuracy"
-        # Threads change speed only as far as a resumed run is concerned, so they do not identify it.
+        # The number of threads is no part of what a run is: it may resume on a machine with others.
         recipe = {key: value for key, value in config.to_dict().items() if key != "threads"}
         self.identity = {
             "model": model_config.to_dict(),
@@ -94,7 +95,8 @@ class TrainingRun:
         if restart:
             for name in (STATE_FILE, METRICS_FILE, CHECKPOINT_FILE, LAST_FILE, PLOT_FILE):
                 _remove(self.folder / name)
-        resumed = state_path.exists()
+        # Unlike Path.exists this does not raise where the folder may not be searched; saving will say so.
+        resumed = os.path.exists(state_path)
         if resumed:
             saved = load_state(state_path, self.identity)
             try:
@@ -108,7 +110,7 @@ class TrainingRun:
             self.progress = saved.progress
             if self.progress.step > self.freeze_step and not self.model.scales_frozen:
                 self.model.freeze_scales()
-            if not (self.folder / CHECKPOINT_FILE).exists():
+            if not os.path.exists(self.folder / CHECKPOINT_FILE):
                 self.progress.best = ()
         else:
             self.model.train()

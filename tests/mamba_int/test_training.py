@@ -545,3 +545,19 @@ def test_bits_per_byte_of_a_uniform_model_is_eight() -> None:
     for window, limit in ((32, None), (1024, None), (7, 20)):
         score = evaluate(model, text, "test", CPU, window, limit)
         assert score.metric == pytest.approx(8.0)
+
+
+@pytest.mark.gpu
+def test_training_on_a_gpu_resumes_and_its_checkpoint_scores_the_same_on_the_cpu(tmp_path: Path) -> None:
+    from mamba_int.model import MambaInt
+
+    data = make_data()
+    options: dict[str, Any] = {"data": data, "build_model": MambaInt, "device": "cuda"}
+    with pytest.raises(MambaintError, match="interrupted after step 7"):
+        fit(tmp_path, progress=interrupt_at(7), **options)
+    result = fit(tmp_path, **options)
+    assert result.resumed
+    kept = load_checkpoint(result.checkpoint)
+    model = MambaInt(kept.model_config, 0)
+    model.load_state_dict(kept.model_state)
+    assert evaluate(model, data, "test", CPU).metric == result.test_metric

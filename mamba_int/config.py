@@ -65,7 +65,9 @@ class MambaIntConfig:
             ``chunk_size`` is Q of the integer scan.
         weights: form of the projections.
         input_weights: form of the input projection (classification).
+        conv_bias: whether the convolutions have one.
         activation: after the convolution, on x.
+        activate_BC: relu on B and C too, as Mamba-2 applies its activation.
         gate: ``hard_silu`` z*clamp(z+2,0,4)/4; ``algebraic`` (1 + z/(1+|z|))/2;
             ``hard_sigmoid`` clamp(z + 1/2, 0, 1) without any requantization around it.
         rotation: form of the rotation of B and C: dyadic cos/sin ``table``, three ``shear`` steps, or ``none``.
@@ -86,10 +88,12 @@ class MambaIntConfig:
     input_frac: int = 3
     d_model: int = 32
     n_layer: int = 1
-    expand: int = 2
+    expand: float = 2.0
     headdim: int = 16
     d_state: int = 16
     d_conv: int = 4
+    conv_bias: bool = True
+    activate_BC: bool = False
     chunk_size: int = 8
     weights: Literal["ternary", "int8"] = "ternary"
     input_weights: Literal["ternary", "int8"] = "int8"
@@ -127,7 +131,7 @@ class MambaIntConfig:
     @property
     def d_inner(self) -> int:
         """Channels inside a block, expand * d_model."""
-        return self.expand * self.d_model
+        return int(self.expand * self.d_model)
 
     @property
     def n_heads(self) -> int:
@@ -145,7 +149,7 @@ class MambaIntConfig:
                 raise MambaintError(f"[model] {cause}", remedy)
 
         for name in (
-            "seq_len n_features n_classes vocab_size d_model n_layer expand headdim d_state d_conv chunk_size"
+            "seq_len n_features n_classes vocab_size d_model n_layer d_inner headdim d_state d_conv chunk_size"
         ).split():
             need(getattr(self, name) >= 1, f"{name} = {getattr(self, name)}", "give a positive integer")
         need(

@@ -89,7 +89,8 @@ class MambaInt(nn.Module):
                 taps = normal(channels, c.d_conv, std=0.3)
                 taps.data[:, -1] += 0.7
                 parameters[at + name + ".taps"] = taps
-                parameters[at + name + ".bias"] = nn.Parameter(torch.zeros(channels))
+                if c.conv_bias:
+                    parameters[at + name + ".bias"] = nn.Parameter(torch.zeros(channels))
             angles = torch.exp(torch.linspace(math.log(0.02), math.log(1.5), N // 2))
             if c.rotation != "none":
                 # Dyadic-Cayley: the angle is learned as tau = tan(omega / 2).

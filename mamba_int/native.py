@@ -192,11 +192,14 @@ def _block(b: _Builder, c: MambaIntConfig, fracs: Mapping[str, int], layer: str,
         b.result.observed.pop(at("BC_int8"))
 
     conv_frac = b.frac[x_in] + c.conv_frac
-    held = {"taps": c.conv_frac, "bias": conv_frac}
+    held = {"taps": c.conv_frac} | ({"bias": conv_frac} if c.conv_bias else {})
     x = b.add(at("conv_x"), "conv", x_in, frac=conv_frac, constants=held)
     x = _activation(b, c, fracs, layer, x)
     BC = b.add(at("conv_BC"), "conv", BC_in, frac=conv_frac, constants=held)
-    BC = b.requantize(at("BC"), BC, fracs[at("BC")], bits)
+    if c.activate_BC:
+        BC = _relu_requantize(b, at("BC"), BC, fracs[at("BC")], bits)
+    else:
+        BC = b.requantize(at("BC"), BC, fracs[at("BC")], bits)
     B = b.add(at("B"), "slice", BC, frac=b.frac[BC], start=0, stop=N)
     C = b.add(at("C"), "slice", BC, frac=b.frac[BC], start=N, stop=2 * N)
 
@@ -217,10 +220,10 @@ def _block(b: _Builder, c: MambaIntConfig, fracs: Mapping[str, int], layer: str,
 
 def _activation(b: _Builder, c: MambaIntConfig, fracs: Mapping[str, int], layer: str, conv: str) -> str:
     name, frac, bits = f"{layer}.x", fracs[f"{layer}.x"], c.activation_bits
+    if c.activation == "relu":
+        return _relu_requantize(b, name, conv, frac, bits)
     b.result.observed[name] = conv
     wide = b.shift(f"{name}_wide", conv, frac)
-    if c.activation == "relu":
-        return b.saturate(name, b.add(f"{name}_relu", "relu", wide, frac=frac), bits)
     # squareplus (x + sqrt(x^2 + 4)) / 2 (Barron 2021, arXiv 2112.11687) with the exact integer root
     x = b.saturate(f"{name}_int8", wide, bits)
     square = b.add(f"{name}_square", "mul", x, x, frac=2 * frac)
@@ -228,6 +231,12 @@ def _activation(b: _Builder, c: MambaIntConfig, fracs: Mapping[str, int], layer:
     root = b.add(f"{name}_root", "isqrt", square, frac=frac)
     total = b.add(f"{name}_sum", "add", x, root, frac=frac + 1)
     return b.saturate(name, b.shift(f"{name}_half", total, frac), bits)
+
+
+def _relu_requantize(b: _Builder, name: str, source: str, frac: int, bits: int) -> str:
+    b.result.observed[name] = source
+    wide = b.shift(f"{name}_wide", source, frac)
+    return b.saturate(name, b.add(f"{name}_relu", "relu", wide, frac=frac), bits)
 
 
 def _rotate(b: _Builder, c: MambaIntConfig, name: str, source: str) -> str:

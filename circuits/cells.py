@@ -1,0 +1,325 @@
+"""The constraint graph: cells, the five things that can make one, and the free reshuffling between them.
+
+Every gadget is written over arrays of *cell ids*. Rearranging cells (reshape, transpose, slice, repeat) costs
+nothing in the circuit, so it is plain NumPy indexing of ids here; :mod:`circuits.constraint_onnx` turns the
+views into Concat, Gather and Reshape. What costs cells, at EZKL's ``num_inner_cols`` of 2:
+
+=============  ==================================================================
+private        1 each
+add, sub, mul  1 each
+dot            its length, rounded up to even, for each output
+relu           1 each: a lookup in the signed identity table, so also a range check
+check          1 each: the same lookup where the output is not needed
+=============  ==================================================================
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from circuits.circuit import table_high, table_low
+
+Ids = NDArray[np.int64]
+"""An array of cell ids, any shape."""
+
+Values = NDArray[Any]
+"""An array of integers: int64, or Python integers (dtype object) where 62 bits do not suffice."""
+
+Get = Callable[[Ids], Values]
+"""Gives the values of cells; hints receive one."""
+
+FIELD = 21888242871839275222246405745257275088548364400416034343698204186575808495617
+"""The prime of BN254's scalar field, in which the circuit computes."""
+
+SMALL = 1 << 62
+
+
+@dataclass(frozen=True)
+class Base:
+    """One tensor of new cells.
+
+    Attributes:
+        op: ``private``, ``constant``, ``add``, ``sub``, ``mul``, ``dot`` or ``relu``.
+        name: unique; of private tensors also the ONNX input.
+        first: id of its first cell. shape: its shape.
+        low, high: proven bounds of every cell.
+        operands: views the operation reads.
+        equation: of a dot.
+        hint: of a private tensor: computes its honest values.
+        constant: values of a constant tensor.
+    """
+
+    op: str
+    name: str
+    first: int
+    shape: tuple[int, ...]
+    low: int
+    high: int
+    operands: tuple[Ids, ...] = ()
+    equation: str = ""
+    hint: Callable[[Get], Values] | None = None
+    constant: Values | None = None
+
+    @property
+    def size(self) -> int:
+        """Number of cells."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def magnitude(self) -> int:
+        """Largest possible absolute value."""
+        return max(abs(self.low), abs(self.high))
+
+
+class Cells:
+    """A constraint graph under construction.
+
+    Args:
+        logrows: k; the lookup table is the signed identity on ``table_low(k)..table_high(k)``.
+    """
+
+    def __init__(self, logrows: int) -> None:
+        self.logrows = logrows
+        self.low, self.high = table_low(logrows), table_high(logrows)
+        self.bases: list[Base] = []
+        self.cost: dict[str, Counter[str]] = {}
+        self._firsts: list[int] = []
+        self._next = 0
+        self._part = "input"
+        self._checked: set[int] = set()
+        self._pending: dict[int, str] = {}
+        self._relus: dict[bytes, Ids] = {}
+        self._names: Counter[str] = Counter()
+
+    # -- bookkeeping -------------------------------------------------------------------------------------
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Book the cells made inside the block under ``name``."""
+        outer, self._part = self._part, name
+        try:
+            yield
+        finally:
+            self._part = outer
+
+    def _count(self, kind: str, cells: int, part: str | None = None) -> None:
+        self.cost.setdefault(part or self._part, Counter())[kind] += cells
+
+    def _unique(self, name: str) -> str:
+        self._names[name] += 1
+        return name if self._names[name] == 1 else f"{name}#{self._names[name]}"
+
+    def _new(self, op: str, name: str, shape: tuple[int, ...], low: int, high: int, **fields: Any) -> Ids:
+        base = Base(op, self._unique(name), self._next, shape, low, high, **fields)
+        if base.magnitude >= FIELD // 4:
+            raise ValueError(f"{name} can reach {base.magnitude.bit_length()} bits and would wrap in the field")
+        self.bases.append(base)
+        self._firsts.append(self._next)
+        self._next += base.size
+        return np.arange(base.first, base.first + base.size, dtype=np.int64).reshape(shape)
+
+    def base_of(self, ids: Ids) -> list[Base]:
+        """The base tensors that a view draws on, in order of creation."""
+        return [self.bases[i] for i in np.unique(np.searchsorted(self._firsts, ids.ravel(), "right") - 1)]
+
+    def bounds(self, ids: Ids) -> tuple[int, int]:
+        """Proven bounds of all cells of a view."""
+        bases = self.base_of(ids)
+        return min(base.low for base in bases), max(base.high for base in bases)
+
+    def constant_values(self, ids: Ids) -> Values:
+        """Values of a view of constant cells, as Python integers."""
+        values = np.empty(ids.shape, dtype=object)
+        for base in self.base_of(ids):
+            assert base.constant is not None
+            inside = (ids >= base.first) & (ids < base.first + base.size)
+            values[inside] = base.constant.ravel()[ids[inside] - base.first]
+        return values
+
+    def fits(self, low: int, high: int) -> bool:
+        """Whether the lookup table holds all of low..high."""
+        return self.low <= low and high <= self.high
+
+    # -- cells -------------------------------------------------------------------------------------------
+
+    def private(self, name: str, shape: tuple[int, ...], low: int, high: int, hint: Callable[[Get], Values]) -> Ids:
+        """Cells the prover chooses; ``hint`` computes the honest values, bounded by low..high.
+
+        The bounds are *not* enforced by this alone: the gadget must check the cells and make them unique.
+        """
+        ids = self._new("private", name, shape, low, high, hint=hint)
+        self._count("private", ids.size)
+        return ids
+
+    def constant(self, values: Any) -> Ids:
+        """Cells with fixed values; they cost nothing until an operation reads them."""
+        array = np.asarray(values, dtype=object)
+        return self._new(
+            "constant", "constant", array.shape, int(array.min()), int(array.max()), constant=array
+        )
+
+    def _binary(self, op: str, a: Ids, b: Ids, bounds: tuple[int, int] | None = None) -> Ids:
+        (al, ah), (bl, bh) = self.bounds(a), self.bounds(b)
+        apply: Callable[[int, int], int] = {
+            "add": lambda p, q: p + q,
+            "sub": lambda p, q: p - q,
+            "mul": lambda p, q: p * q,
+        }[op]
+        corners = [apply(p, q) for p in (al, ah) for q in (bl, bh)]
+        low, high = bounds or (min(corners), max(corners))
+        shape = np.broadcast_shapes(a.shape, b.shape)
+        ids = self._new(op, f"{self._part}/{op}", shape, low, high, operands=(a, b))
+        self._count(op, ids.size)
+        return ids
+
+    def add(self, a: Ids, b: Ids) -> Ids:
+        """a + b, broadcasting."""
+        return self._binary("add", a, b)
+
+    def sub(self, a: Ids, b: Ids) -> Ids:
+        """a - b, broadcasting."""
+        return self._binary("sub", a, b)
+
+    def mul(self, a: Ids, b: Ids, bounds: tuple[int, int] | None = None) -> Ids:
+        """a * b, broadcasting; ``bounds`` as in :meth:`dot`."""
+        return self._binary("mul", a, b, bounds)
+
+    def dot(self, equation: str, a: Ids, b: Ids, bounds: tuple[int, int] | None = None) -> Ids:
+        """An Einsum of two operands whose summed indices appear in both.
+
+        Args:
+            equation: such as ``ktc,kc->tc``.
+            a, b: the operands.
+            bounds: proven bounds of the result, where the gadget knows better than interval arithmetic.
+        """
+        left, out = equation.split("->")
+        la, lb = left.split(",")
+        size = dict(zip(la, a.shape, strict=True)) | dict(zip(lb, b.shape, strict=True))
+        summed = [letter for letter in size if letter not in out]
+        if not all(letter in la and letter in lb for letter in summed):
+            raise ValueError(f"{equation}: a summed index is not in both operands")
+        length = int(np.prod([size[letter] for letter in summed], dtype=np.int64))
+        if bounds is None:
+            reach = length * max(map(abs, self.bounds(a))) * max(map(abs, self.bounds(b)))
+            bounds = (-reach, reach)
+        shape = tuple(size[letter] for letter in out)
+        ids = self._new("dot", f"{self._part}/dot", shape, *bounds, operands=(a, b), equation=equation)
+        self._count("dot", ids.size * (length + length % 2))
+        return ids
+
+    def relu(self, a: Ids) -> Ids:
+        """max(a, 0) by the lookup table, which also proves every cell of ``a`` an integer in the table."""
+        key = a.tobytes() + str(a.shape).encode()
+        if key not in self._relus:
+            low, high = self.bounds(a)
+            if not self.fits(low, high):
+                raise ValueError(f"{self._part}: {low}..{high} does not fit the lookup table")
+            ids = self._new("relu", f"{self._part}/relu", a.shape, max(low, 0), max(high, 0), operands=(a,))
+            self._count("lookup", ids.size)
+            self._relus[key] = ids
+            self._checked.update(a.ravel().tolist())
+        return self._relus[key]
+
+    def check(self, a: Ids) -> Ids:
+        """Prove every cell of ``a`` an integer in the table, where no :meth:`relu` does so already."""
+        for cell in a.ravel().tolist():
+            self._pending.setdefault(cell, self._part)
+        return a
+
+    def close(self) -> Ids:
+        """Emit all pending checks as one lookup; return two of its outputs, always 0, as anchor.
+
+        Lookups whose outputs nobody reads would be pruned, so two of them become public; they belong to
+        constant cells and reveal nothing.
+        """
+        todo = [(cell, part) for cell, part in self._pending.items() if cell not in self._checked]
+        zeros = self.constant(np.zeros(2, dtype=np.int64))
+        ids = np.concatenate([zeros, np.array([cell for cell, _ in todo], dtype=np.int64)])
+        low, high = self.bounds(ids)
+        if not self.fits(low, high):
+            worst = max(self.base_of(ids), key=lambda base: base.magnitude)
+            raise ValueError(f"{worst.name}: {worst.low}..{worst.high} does not fit the lookup table")
+        for _, part in todo:
+            self._count("lookup", 1, part)
+        self._count("lookup", 2, "anchor")
+        checked = self._new("relu", "checks", ids.shape, 0, max(high, 0), operands=(ids,))
+        return checked[:2]
+
+    @property
+    def total(self) -> int:
+        """All cells so far."""
+        return sum(sum(kinds.values()) for kinds in self.cost.values())
+
+    # -- values ------------------------------------------------------------------------------------------
+
+    def evaluate(
+        self, inputs: Mapping[str, Values], lies: Mapping[str, Callable[[Values], Values]] | None = None
+    ) -> CellValues:
+        """The honest value of every cell, or what a liar's would be.
+
+        Args:
+            inputs: values of private tensors that have no hint to go by, by name.
+            lies: private tensor -> function from its honest values to those the liar gives instead.
+        """
+        values = CellValues(self)
+        for base in self.bases:
+            if base.op == "private":
+                given = inputs[base.name] if base.name in inputs else base.hint(values.get) if base.hint else None
+                if given is None:
+                    raise ValueError(f"no value for {base.name}")
+                array = np.asarray(given).reshape(base.shape)
+                if lies and base.name in lies:
+                    array = lies[base.name](array.astype(object).copy())
+            elif base.op == "constant":
+                assert base.constant is not None
+                array = base.constant
+            else:
+                array = self._compute(base, values, exact=bool(lies))
+            values.put(base, array)
+        return values
+
+    @staticmethod
+    def _compute(base: Base, values: CellValues, exact: bool) -> Values:
+        operands = [values.get(ids) for ids in base.operands]
+        if exact or base.magnitude >= SMALL:
+            operands = [operand.astype(object) for operand in operands]
+        if base.op == "dot":
+            result: Values = np.einsum(base.equation, *operands)
+            return np.asarray(result, dtype=operands[0].dtype)
+        if base.op == "relu":
+            return np.where(operands[0] > 0, operands[0], 0)
+        a, b = operands
+        return a + b if base.op == "add" else a - b if base.op == "sub" else a * b
+
+
+class CellValues:
+    """Values of the cells of one inference."""
+
+    def __init__(self, cells: Cells) -> None:
+        self._flat = np.zeros(cells._next, dtype=np.int64)
+        self._large: dict[int, Values] = {}
+
+    def put(self, base: Base, array: Values) -> None:
+        """Record the values of a base tensor."""
+        flat = np.asarray(array).reshape(-1)
+        if flat.dtype == object and any(abs(int(v)) >= SMALL for v in flat):
+            self._large[base.first] = flat
+        else:
+            self._flat[base.first : base.first + base.size] = flat.astype(np.int64)
+
+    def get(self, ids: Ids) -> Values:
+        """Values of a view, in its shape; dtype object only if some exceed 62 bits."""
+        result: Values = self._flat[ids]
+        for first, flat in self._large.items():
+            inside = (ids >= first) & (ids < first + len(flat))
+            if inside.any():
+                result = result.astype(object)
+                result[inside] = flat[ids[inside] - first]
+        return result

@@ -1,0 +1,294 @@
+"""``linear``: all steps of a pack in one product (Kronecker packing), ternary rows by pairs of pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from circuits.cells import Cells, Get, Ids, Values
+from circuits.gadgets.values import Accumulation, Computed, Summed, Value
+from mamba_int.graph import IntArray, TensorType
+from mamba_int.operations.base import rounding_shift
+
+FLOAT_BITS = 126
+"""Powers of two up to 2^126 are float32 constants, which is all that ONNX lets EZKL see."""
+FIELD_BITS = 250
+"""A packed number stays below 2^250, far from wrapping in the field."""
+
+
+class LinearValue(Value):
+    """x W^T + b of a tensor with time axis, [T, J].
+
+    As cells: the accumulators are the digits, base 2^k, of one packed product; each is looked up, so is
+    unique, because the proven bound of the accumulators keeps every digit inside the table. The lowest digit
+    is not given but computed, so its lookup *is* the equality check.
+
+    Shifted: the digits, base 2^(2k), are m acc = 2^k q + rho with q and rho both looked up.
+    """
+
+    def __init__(
+        self, source: Value, name: str, tensor: TensorType, weight: IntArray, bias: IntArray | None
+    ) -> None:
+        super().__init__(source.builder, name, tensor)
+        self._source = source
+        self._weight = weight
+        self._bias = bias if bias is not None else np.zeros(len(weight), np.int64)
+
+    @property
+    def _fits(self) -> bool:
+        return self.builder.fits(self.type.low, self.type.high)
+
+    def _exact(self, start: int, stop: int) -> Callable[[Get], Values]:
+        x = self._source.cells()[start:stop]
+        return lambda get: get(x) @ self._weight.T + self._bias
+
+    def _emit(self) -> Ids:
+        if not self._fits:
+            return self.accumulation().emit(self.builder)
+        b, k = self.builder, self.builder.logrows
+        steps = len(self._source.cells())
+        group = FLOAT_BITS // k
+        most = min(2 * group, FIELD_BITS // k)
+        packs = []
+        for start in range(0, steps, most):
+            stop = min(start + most, steps)
+            exact = self._exact(start, stop)
+            terms = self._packed_terms(start, stop, k, 1)
+            rows: list[Ids] = []
+            if stop - start > 1:
+                digits = b.private(
+                    f"{self.name}.digits{start}" if start else f"{self.name}.digits",
+                    (stop - start - 1, len(self._weight)),
+                    self.type.low,
+                    self.type.high,
+                    lambda get, f=exact: f(get)[1:],
+                )
+                rows.append(b.check(digits))
+                terms += self._subtract([(digits[t - 1], t) for t in range(1, stop - start)], k, group)
+            rows.insert(0, b.check(self._total(terms, (self.type.low, self.type.high)))[None])
+            packs.append(np.concatenate(rows))
+        return np.concatenate(packs)
+
+    def shifted(self, name: str, tensor: TensorType, places: int) -> Value:
+        b, k = self.builder, self.builder.logrows
+        if places > k - 4 or not b.fits(tensor.low, tensor.high):
+            return super().shifted(name, tensor, places)
+        return Computed(b, name, tensor, lambda: self._emit_shifted(name, tensor, places))
+
+    def _emit_shifted(self, name: str, tensor: TensorType, places: int) -> Ids:
+        b, k = self.builder, self.builder.logrows
+        m, window = 1 << (k - places), 1 << (k - 1)
+        steps = len(self._source.cells())
+        group = FLOAT_BITS // (2 * k)
+        most = min(2 * group, FIELD_BITS // (2 * k))
+        packs = []
+        for start in range(0, steps, most):
+            stop = min(start + most, steps)
+            exact, suffix = self._exact(start, stop), f"{start}" if start else ""
+            q = b.private(
+                f"{name}.q{suffix}",
+                (stop - start, len(self._weight)),
+                tensor.low,
+                tensor.high,
+                lambda get, f=exact: rounding_shift(f(get), places),
+            )
+            b.check(q)
+            terms = self._packed_terms(start, stop, 2 * k, m)
+            digits = [(q[t], t, 1 << k) for t in range(stop - start)]
+            if stop - start > 1:
+                rho = b.private(
+                    f"{name}.rho{suffix}",
+                    (stop - start - 1, len(self._weight)),
+                    -window,
+                    window - m,
+                    lambda get, f=exact, q=q: (m * f(get) - (get(q) << k))[1:],
+                )
+                b.check(rho)
+                digits += [(rho[t - 1], t, 1) for t in range(1, stop - start)]
+            low = [(ids, c << (2 * k * t)) for ids, t, c in digits if t < group]
+            high = [(ids, c << (2 * k * (t - group))) for ids, t, c in digits if t >= group]
+            terms += [(ids, np.full(ids.shape, -c, dtype=object)) for ids, c in low]
+            if high:
+                terms.append(self._high_group(high, 2 * k * group))
+            b.check(self._total(terms, (-window, window - m)))
+            packs.append(q)
+        return np.concatenate(packs)
+
+    def sliced(self, name: str, tensor: TensorType, start: int, stop: int) -> Value:
+        if self._fits:
+            return super().sliced(name, tensor, start, stop)
+        return LinearValue(self._source, name, tensor, self._weight[start:stop], self._bias[start:stop])
+
+    def accumulation(self) -> Accumulation:
+        if self._fits:
+            return super().accumulation()
+        return direct(self._source, self._weight, self._bias, self.type)
+
+    # -- packing -----------------------------------------------------------------------------------------
+
+    def _subtract(self, digits: list[tuple[Ids, int]], bits: int, group: int) -> list[tuple[Ids, Values]]:
+        """Terms -2^(bits t) digit_t, the far ones gathered first because float32 ends at 2^127."""
+        terms = [(ids, np.full(ids.shape, -(1 << bits * t), dtype=object)) for ids, t in digits if t < group]
+        high = [(ids, 1 << bits * (t - group)) for ids, t in digits if t >= group]
+        return [*terms, self._high_group(high, bits * group)] if high else terms
+
+    def _high_group(self, digits: list[tuple[Ids, int]], exponent: int) -> tuple[Ids, Values]:
+        b = self.builder
+        if len(digits) == 1 and digits[0][1] == 1:
+            total = digits[0][0]
+        else:
+            coefficients = b.constant(np.array([c for _, c in digits], dtype=object))
+            total = b.dot("kj,k->j", np.stack([ids for ids, _ in digits]), coefficients)
+        return total, np.full(total.shape, -(1 << exponent), dtype=object)
+
+    def _packed_terms(self, start: int, stop: int, bits: int, m: int) -> list[tuple[Ids, Values]]:
+        """The packed product m sum_t 2^(bits t) (x_t W^T + b) as terms (cells [J], coefficients [J])."""
+        b, x = self.builder, self._source.cells()[start:stop]
+        biased = bool(self._bias.any())
+        if biased:
+            ones = b.constant(np.ones((stop - start, 1), dtype=object))
+            x = np.concatenate([x, ones], 1)
+        packed = self._pack(x, bits)
+        terms = [
+            (ids, signs * m) for ids, signs in combine_columns(b, packed[: self._weight.shape[1]], self._weight)
+        ]
+        if biased:
+            spread = np.broadcast_to(packed[-1:], (len(self._weight),))
+            terms.append((spread, self._bias.astype(object) * m))
+        return terms
+
+    def _pack(self, x: Ids, bits: int) -> Ids:
+        b, group = self.builder, FLOAT_BITS // bits
+        parts = []
+        for start in range(0, len(x), group):
+            part = x[start : start + group]
+            powers = np.array([1 << bits * t for t in range(len(part))], dtype=object)
+            parts.append(b.dot("tk,t->k", part, b.constant(powers)) if len(part) > 1 else part[0])
+        if len(parts) == 1:
+            return parts[0]
+        far = b.constant(np.array([1, 1 << bits * group], dtype=object))
+        return b.dot("gk,g->k", np.stack(parts), far)
+
+    def _total(self, terms: list[tuple[Ids, Values]], bounds: tuple[int, int]) -> Ids:
+        left = np.stack([ids for ids, _ in terms])
+        right = self.builder.constant(np.stack([coefficients for _, coefficients in terms]))
+        return self.builder.dot("kj,kj->j", left, right, bounds)
+
+
+def direct(source: Value, weight: IntArray, bias: IntArray | None, tensor: TensorType) -> Accumulation:
+    """x W^T + b as plain dots: K cells for every output."""
+    b, x = source.builder, source.cells()
+    outputs, inputs = weight.shape
+    left = np.broadcast_to(np.moveaxis(x, -1, 0)[..., None], (inputs, *x.shape[:-1], outputs))
+    rows = weight.T.astype(object)
+    if bias is not None and bias.any():
+        ones = b.constant(np.ones(1, dtype=object))
+        left = np.concatenate([left, np.broadcast_to(ones, (1, *left.shape[1:]))])
+        rows = np.concatenate([rows, bias.astype(object)[None]])
+    return Accumulation(left, lambda m: b.constant(rows * m), (x.ndim - 1,), tensor.low, tensor.high)
+
+
+def combine_columns(b: Cells, x: Ids, weight: IntArray) -> list[tuple[Ids, Values]]:
+    """x W^T as few terms (cells [J], coefficients [J]) as pay.
+
+    A ternary row reads, of every four neighbours, one of the sums and differences of pairs of pairs; each
+    such sum is one cell shared by all rows. Other weights, and rows too few to share, read every x.
+
+    Args:
+        x: cells [K]. weight: [J, K].
+    """
+    outputs, inputs = weight.shape
+    plain = [
+        (np.broadcast_to(x[i : i + 1], (outputs,)), weight[:, i].astype(object)) for i in range(inputs)
+    ]
+    if inputs < 4 or not set(np.unique(weight).tolist()) <= {-1, 0, 1}:
+        return plain
+    sums = _PairSums(x, weight)
+    if sums.cost + outputs * (-(-inputs // 4)) >= outputs * inputs:
+        return plain
+    return sums.emit(b)
+
+
+class _PairSums:
+    """Which sums of pairs of pairs the rows of a ternary matrix need.
+
+    A quad's four weights, up to sign, are one *form*: (first pair, second pair, their relation). A pair is
+    one x, or x_a + x_b, or x_a - x_b.
+    """
+
+    def __init__(self, x: Ids, weight: IntArray) -> None:
+        self.x = x
+        padded = np.zeros((len(weight), -(-weight.shape[1] // 4) * 4), np.int64)
+        padded[:, : weight.shape[1]] = weight
+        quads = padded.reshape(len(weight), -1, 4)
+        # The sign of a form is that of its first non-zero weight, so that each form is built once.
+        first = np.take_along_axis(quads, (quads != 0).argmax(-1)[..., None], -1)[..., 0]
+        self.signs = np.where(first == 0, 0, first)
+        self.forms = quads * self.signs[..., None]
+        self.quads: set[tuple[int, ...]] = set()
+        self.pairs: set[tuple[int, int, int]] = set()
+        for g in range(quads.shape[1]):
+            for form in np.unique(self.forms[:, g], axis=0).tolist():
+                self._need(g, form)
+        self.cost = len(self.quads) + len(self.pairs)
+
+    def _need(self, g: int, form: list[int]) -> None:
+        for p in (0, 2):
+            if form[p] and form[p + 1]:
+                self.pairs.add((4 * g + p, form[p] * form[p + 1], 0))
+        if any(form[:2]) and any(form[2:]):
+            self.quads.add((g, *form))
+
+    def emit(self, b: Cells) -> list[tuple[Ids, Values]]:
+        """The terms: one per quad."""
+        pairs = self._sums(b, sorted(self.pairs), lambda key: (self.x[key[0]], self.x[key[0] + 1], key[1]))
+
+        def pair(g: int, form: tuple[int, ...], p: int) -> tuple[int, int]:
+            """Cell and sign of half a quad."""
+            i = 4 * g + p
+            if form[p] and form[p + 1]:
+                return pairs[(i, form[p] * form[p + 1], 0)], form[p]
+            return (int(self.x[i]), form[p]) if form[p] else (int(self.x[i + 1]), form[p + 1])
+
+        def halves(key: tuple[int, ...]) -> tuple[int, int, int]:
+            (left, ls), (right, rs) = pair(key[0], key[1:], 0), pair(key[0], key[1:], 2)
+            return left, right, ls * rs
+
+        quads = self._sums(b, sorted(self.quads), halves)
+        terms = []
+        for g in range(self.forms.shape[1]):
+            ids = np.empty(len(self.forms), dtype=np.int64)
+            for j, row in enumerate(self.forms[:, g].tolist()):
+                form = tuple(row)
+                if any(form[:2]) and any(form[2:]):
+                    ids[j] = quads[(g, *form)]
+                elif any(form):
+                    ids[j] = pair(g, form, 0 if any(form[:2]) else 2)[0]
+                else:
+                    ids[j] = self.x[min(4 * g, len(self.x) - 1)]
+            terms.append((ids, self.signs[:, g].astype(object)))
+        return terms
+
+    @staticmethod
+    def _sums(
+        b: Cells, keys: list[tuple[int, ...]], parts: Callable[[tuple[int, ...]], tuple[int, int, int]]
+    ) -> dict[tuple[int, ...], int]:
+        """Emit left + right, or left - right, for every key: one batch of each."""
+        made: dict[tuple[int, ...], int] = {}
+        for sign, emit in ((1, b.add), (-1, b.sub)):
+            chosen = [(key, *parts(key)[:2]) for key in keys if parts(key)[2] == sign]
+            if chosen:
+                left = np.array([c[1] for c in chosen], dtype=np.int64)
+                right = np.array([c[2] for c in chosen], dtype=np.int64)
+                made.update(zip((c[0] for c in chosen), emit(left, right).tolist(), strict=True))
+        return made
+
+
+def linear(
+    source: Value, name: str, tensor: TensorType, weight: IntArray, bias: IntArray | None
+) -> Value:
+    """The gadget of ``linear``: packed over time where there is a time axis, plain dots where not."""
+    if len(tensor.shape) == 2:
+        return LinearValue(source, name, tensor, weight, bias)
+    return Summed(source.builder, name, tensor, lambda: direct(source, weight, bias, tensor))

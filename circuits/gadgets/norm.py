@@ -1,0 +1,66 @@
+"""``norm``: a one-hot exponent made unique by two inequalities, then one shift per element."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from circuits.cells import Get, Ids, Values
+from circuits.gadgets.values import Accumulation, Computed, Shifted, Summed, Value, nonnegative
+from mamba_int.graph import Node, TensorType
+from mamba_int.operations.base import shifted
+from mamba_int.operations.norm import Norm
+
+
+def squared_copy(source: Value, node: Node) -> Value:
+    """xs = clamp(shift(x, input_shift), +-input_limit), or x itself where that changes nothing."""
+    places, limit = node.integer("input_shift"), node.integer("input_limit")
+    low, high = shifted(source.type.low, places), shifted(source.type.high, places)
+    value = source
+    if places:
+        value = source.shifted(f"{node.name}.xs", TensorType(source.type.shape, low, high), places)
+    if max(-low, high) <= limit:
+        return value
+    bounds = TensorType(source.type.shape, max(low, -limit), min(high, limit))
+    return Computed(source.builder, f"{node.name}.xs_clamped", bounds, lambda: value.clamp(-limit, limit))
+
+
+def norm(source: Value, node: Node, tensor: TensorType) -> Value:
+    """Per step: S = sum xs^2; a one-hot e over the exponents j that S can reach, by relu and sum e = 1;
+    S - (lower bound of j) >= 0 and (upper bound of j) - S >= 0. The bounds of neighbouring j do not overlap,
+    so e is unique. Then x * 2^(levels - j), the power selected by e, is shifted as any sum of products.
+    """
+    b, x = source.builder, source.cells()
+    d, levels, name = tensor.shape[-1], node.integer("levels"), node.name
+    xs_value = squared_copy(source, node)
+    xs = xs_value.cells()
+    most = d * max(xs_value.type.low**2, xs_value.type.high**2)
+    thresholds = [t for t in Norm.thresholds(node, d) if t < most]
+    choices = len(thresholds) + 1
+    lows, highs = [0, *(t + 1 for t in thresholds)], [*thresholds, most]
+    steps = len(xs)
+
+    with b.part(name):
+        S = b.dot("td,td->t", xs, xs, (0, most))
+
+        def one_hot(get: Get) -> Values:
+            exponent = sum((get(S) > t).astype(np.int64) for t in thresholds)
+            return (np.broadcast_to(exponent, (steps,))[:, None] == np.arange(choices)).astype(np.int64)
+
+        e = b.relu(b.private(f"{name}.one_hot", (steps, choices), 0, 1, one_hot))
+        window = 1 << b.logrows
+        ones = np.broadcast_to(b.constant([1]), (steps, 1))
+        excess = b.constant(np.array([window] * choices + [-window], dtype=object))
+        b.check(b.dot("tk,k->t", np.concatenate([e, ones], 1), excess, (0, 0)))
+
+        columns = [e[:, j] for j in range(choices)]
+        nonnegative(b, f"{name}.above", [(S, 1), *zip(columns, (-v for v in lows), strict=True)], 0, most)
+        nonnegative(b, f"{name}.below", [(S, -1), *zip(columns, highs, strict=True)], 0, most)
+
+    def scale(m: int) -> Ids:
+        with b.part(name):
+            powers = b.constant(np.array([m << (levels - j) for j in range(choices)], dtype=object))
+            factor = b.dot("tk,k->t", e, powers, (0, m << levels))
+            return factor[None]
+
+    product = Summed(b, f"{name}.scaled", tensor, lambda: Accumulation(x[None], scale, (0,), tensor.low, tensor.high))
+    return Shifted(product, name, tensor, Norm.places(node))

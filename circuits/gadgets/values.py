@@ -1,0 +1,373 @@
+"""Values of the integer graph inside the circuit, made into cells only when, and as, a consumer asks.
+
+Every gadget keeps one promise: its cells equal the integer graph's tensor for *every* witness the
+constraints admit. So the graph's proven intervals hold for them, and no sum of them wraps in the field.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from circuits.cells import Cells, Get, Ids, Values
+from mamba_int.graph import TensorType
+from mamba_int.operations.base import rounding_shift
+
+LETTERS = "abcdefgh"
+
+
+@dataclass(frozen=True)
+class Accumulation:
+    """sum_k left[k, ...] * right[k, ...]: one dot for each element, not yet emitted.
+
+    Attributes:
+        left: cells [K, *shape].
+        right: given a power of two m, cells of m * right, [K, *axes].
+        axes: which axes of ``shape`` the right side has, such as (1,) for one weight per channel.
+        low, high: proven bounds of the sums.
+    """
+
+    left: Ids
+    right: Callable[[int], Ids]
+    axes: tuple[int, ...]
+    low: int
+    high: int
+
+    @property
+    def equation(self) -> str:
+        """Einsum of the dot, ``k`` being summed."""
+        shape = LETTERS[: self.left.ndim - 1]
+        return f"k{shape},k{''.join(shape[a] for a in self.axes)}->{shape}"
+
+    def emit(self, cells: Cells) -> Ids:
+        """The sums as cells."""
+        return cells.dot(self.equation, self.left, self.right(1), (self.low, self.high))
+
+
+class Value(ABC):
+    """A tensor of the integer graph on its way into the circuit.
+
+    Attributes:
+        name: of the graph's node.
+        type: its shape and proven interval.
+    """
+
+    def __init__(self, cells: Cells, name: str, tensor: TensorType) -> None:
+        self.builder = cells
+        self.name = name
+        self.type = tensor
+        self._cells: Ids | None = None
+
+    def cells(self) -> Ids:
+        """The tensor as cells, made on first use."""
+        if self._cells is None:
+            with self.builder.part(self.name):
+                self._cells = self._emit()
+        return self._cells
+
+    @abstractmethod
+    def _emit(self) -> Ids:
+        """Make the cells."""
+
+    def accumulation(self) -> Accumulation:
+        """The tensor as a sum of products, for a consumer that adds terms of its own."""
+        ids = self.cells()[None]
+        return Accumulation(ids, lambda m: self.builder.constant([m]), (), self.type.low, self.type.high)
+
+    def shifted(self, name: str, tensor: TensorType, places: int) -> Value:
+        """The tensor after the rounding shift by ``places`` > 0."""
+        return Shifted(self, name, tensor, places)
+
+    def sliced(self, name: str, tensor: TensorType, start: int, stop: int) -> Value:
+        """Elements of the last axis."""
+        return Computed(self.builder, name, tensor, lambda: self.cells()[..., start:stop])
+
+    def relu(self) -> Ids:
+        """max(x, 0)."""
+        return self.builder.relu(self.cells())
+
+    def clamp(self, low: int, high: int) -> Ids:
+        """min(max(x, low), high), for low >= 0 or an x that fits the table together with its distance to low."""
+        b = self.builder
+        if not b.fits(min(self.type.low, self.type.low - low), max(self.type.high, self.type.high - low)):
+            return wide_clamp(self, low, high)
+        above = b.relu(b.sub(self.cells(), b.constant([low]))) if low else self.relu()
+        return clamp_from_zero(b, above, self.cells(), self.type, low, high)
+
+
+def clamp_from_zero(b: Cells, above: Ids, x: Ids, tensor: TensorType, low: int, high: int) -> Ids:
+    """From ``above`` = max(x - low, 0), the clamp to [low, high]: above - max(x - high, 0) + low."""
+    if tensor.high > high:
+        over = b.relu(b.sub(x, b.constant([high])))
+        above = b.sub(above, over)
+    return b.add(above, b.constant([low])) if low else above
+
+
+class Computed(Value):
+    """A tensor whose cells a function makes."""
+
+    def __init__(self, cells: Cells, name: str, tensor: TensorType, emit: Callable[[], Ids]) -> None:
+        super().__init__(cells, name, tensor)
+        self._make = emit
+
+    def _emit(self) -> Ids:
+        return self._make()
+
+
+class Summed(Value):
+    """A tensor that is a sum of products: emitted as one dot, or extended by its consumer."""
+
+    def __init__(
+        self, cells: Cells, name: str, tensor: TensorType, accumulate: Callable[[], Accumulation]
+    ) -> None:
+        super().__init__(cells, name, tensor)
+        self._accumulate = accumulate
+
+    def accumulation(self) -> Accumulation:
+        with self.builder.part(self.name):
+            return self._accumulate()
+
+    def _emit(self) -> Ids:
+        return self._accumulate().emit(self.builder)
+
+
+class Combination(Value):
+    """sum_i coefficient_i * tensor_i with integer coefficients: additions, left shifts, sums over time."""
+
+    def __init__(
+        self, cells: Cells, name: str, tensor: TensorType, terms: Callable[[], list[tuple[Ids, int]]]
+    ) -> None:
+        super().__init__(cells, name, tensor)
+        self._make = terms
+        self._terms: list[tuple[Ids, int]] | None = None
+
+    def terms(self) -> list[tuple[Ids, int]]:
+        """Cells and their coefficients."""
+        if self._terms is None:
+            self._terms = self._make()
+        return self._terms
+
+    def accumulation(self) -> Accumulation:
+        left = np.stack([ids for ids, _ in self.terms()])
+        coefficients = np.array([c for _, c in self.terms()], dtype=object)
+
+        def right(m: int) -> Ids:
+            return self.builder.constant(coefficients * m)
+
+        return Accumulation(left, right, (), self.type.low, self.type.high)
+
+    def _emit(self) -> Ids:
+        b, terms = self.builder, self.terms()
+        (first, c0), rest = terms[0], terms[1:]
+        if not rest:
+            return first if c0 == 1 else b.mul(first, b.constant([c0]))
+        if len(rest) == 1 and c0 == 1 and abs(rest[0][1]) == 1:
+            return b.add(first, rest[0][0]) if rest[0][1] == 1 else b.sub(first, rest[0][0])
+        return self.accumulation().emit(b)
+
+
+class Shifted(Value):
+    """q = floor((x + 2^(s-1)) / 2^s), the rounding shift.
+
+    q is private, looked up as itself (alone, or through the relu that consumes it), so it is an integer of
+    the table. rho = m (x - 2^s q) with m = 2^(k-s) is looked up too: its window m 2^s = 2^k is wider than
+    the table, so for a given bounded integer x one q fits; since the table starts at -2^(k-1), it is the
+    rounding one. Shifts beyond k - 4 split the remainder: x - 2^(a-1) = 2^s q + 2^a h + l with both h and l
+    checked against windows of exactly 2^(s-a) and 2^a.
+    """
+
+    def __init__(self, source: Value, name: str, tensor: TensorType, places: int) -> None:
+        super().__init__(source.builder, name, tensor)
+        self._source = source
+        self._places = places
+
+    def _quotient(self, offset: int) -> Ids:
+        """q - offset as private cells, constrained but not yet looked up as itself."""
+        b, k, s = self.builder, self.builder.logrows, self._places
+        accumulation = self._source.accumulation()
+        low, high = self.type.low - offset, self.type.high - offset
+        if not b.fits(low, high):
+            raise CircuitTooNarrow(self.name, max(abs(low), abs(high)))
+        shape = accumulation.left.shape[1:]
+        fine = min(s, k - 4)
+        m = 1 << (k - fine)
+        right = accumulation.right(m)
+
+        def exact(get: Get) -> Values:
+            total: Values = np.einsum(accumulation.equation, get(accumulation.left), get(right))
+            return total // m
+
+        q = b.private(f"{self.name}.q", shape, low, high, lambda get: rounding_shift(exact(get), s) - offset)
+        lefts, rights = [accumulation.left, q[None]], [right, self._row(right, -(m << s))]
+        constant = -(m << s) * offset
+        if fine < s:
+            coarse = s - fine
+            if coarse > k - 4:
+                raise ValueError(f"{self.name}: a shift by {s} needs more than two limbs at logrows {k}")
+
+            def limb(get: Get) -> Values:
+                rest = exact(get) - ((get(q) + offset) << s) + (1 << (s - 1))
+                return (rest >> fine) - (1 << (coarse - 1))
+
+            half = 1 << (coarse - 1)
+            h = b.check(b.private(f"{self.name}.h", shape, -half, half - 1, limb))
+            b.check(b.mul(h, b.constant([1 << (k - coarse)])))
+            lefts.append(h[None])
+            rights.append(self._row(right, -(m << fine)))
+            constant -= m << (fine - 1)
+        if constant:
+            lefts.append(np.broadcast_to(b.constant(np.ones(1, dtype=object)), (1, *shape)))
+            rights.append(self._row(right, constant))
+        window = 1 << (k - 1)
+        rho = b.dot(
+            accumulation.equation, np.concatenate(lefts), np.concatenate(rights), (-window, window - m)
+        )
+        b.check(rho)
+        return q
+
+    def _row(self, right: Ids, value: int) -> Ids:
+        return np.broadcast_to(self.builder.constant([value]), (1, *right.shape[1:]))
+
+    def _emit(self) -> Ids:
+        return self.builder.check(self._quotient(0))
+
+    def relu(self) -> Ids:
+        with self.builder.part(self.name):
+            if self._cells is None:
+                self._cells = self._quotient(0)
+        return self.builder.relu(self._cells)
+
+    def clamp(self, low: int, high: int) -> Ids:
+        b = self.builder
+        if self._cells is not None or low == 0:
+            above = self.relu() if low == 0 else b.relu(b.sub(self.cells(), b.constant([low])))
+            return clamp_from_zero(b, above, self.cells(), self.type, low, high)
+        if not b.fits(self.type.low - low, self.type.high - low):
+            return super().clamp(low, high)
+        # Guess q - low instead of q: then the lookup of the clamp is its range check as well.
+        with b.part(self.name):
+            shifted = self._quotient(low)
+        above = b.relu(shifted)
+        if self.type.high > high:
+            above = b.sub(above, b.relu(b.sub(shifted, b.constant([high - low]))))
+        return b.add(above, b.constant([low]))
+
+
+class CircuitTooNarrow(Exception):
+    """A quotient does not fit the lookup table of this many rows: more rows are needed.
+
+    Attributes:
+        name: of the tensor.
+        magnitude: what the table would have to hold.
+    """
+
+    def __init__(self, name: str, magnitude: int) -> None:
+        super().__init__(f"'{name}' can reach {magnitude}")
+        self.name = name
+        self.magnitude = magnitude
+
+
+def check_range(b: Cells, ids: Ids, low: int, high: int) -> Ids:
+    """Prove cells integers in low..high, each looked up as itself.
+
+    One multiplied lookup does when m (v - low) + table_low leaves the table exactly beyond ``high``;
+    otherwise two, one for either end.
+    """
+    b.check(ids)
+    if (low, high) == (b.low, b.high):
+        return ids
+    room, width = b.high - b.low, high - low
+    if width > room:
+        raise CircuitTooNarrow(f"a range of {width}", width)
+    m = room // width if width else room + 1
+    if room < m * (width + 1):
+        offset = m * low - b.low
+        scaled = b.mul(ids, b.constant([m])) if m > 1 else ids
+        b.check(b.sub(scaled, b.constant([offset])) if offset else scaled)
+    else:
+        b.check(b.sub(ids, b.constant([low - b.low])))
+        b.check(b.add(ids, b.constant([b.high - high])))
+    return ids
+
+
+def nonnegative(b: Cells, name: str, terms: list[tuple[Ids, int]], constant: int, high: int) -> None:
+    """Prove sum_i coefficient_i terms_i + constant >= 0, for bounded integers and a sum at most ``high``.
+
+    The sum equals 2^(k-1) a + r with a >= 0 (through relu) and r in [0, 2^k - 9]; limbs are not unique,
+    but only decide nothing else. Bounds above 2^(2k-2) take two limbs of a.
+    """
+    k = b.logrows
+    coefficients = [c for _, c in terms]
+
+    def total(get: Get) -> Values:
+        parts = [get(ids) * c for ids, c in terms]
+        result: Values = sum(parts[1:], parts[0]) + constant
+        return result
+
+    shape = terms[0][0].shape
+    lefts, rights = [ids for ids, _ in terms], list(coefficients)
+    limbs = 1 if high < 1 << (2 * k - 2) else 2
+    if high >= 1 << (3 * k - 3):
+        raise ValueError(f"{name}: {high} needs more than three limbs at logrows {k}")
+    for i in range(limbs):
+        place = (k - 1) * (limbs - i)
+
+        def limb(get: Get, place: int = place, last: bool = i == 0) -> Values:
+            value = np.maximum(total(get), 0) >> place
+            return value if last else value & ((1 << (k - 1)) - 1)
+
+        a = b.relu(b.private(f"{name}.limb{i}", shape, 0, (1 << (k - 1)) - 9, limb))
+        lefts.append(a)
+        rights.append(-(1 << place))
+    if constant - (1 << (k - 1)):
+        lefts.append(np.broadcast_to(b.constant(np.ones(1, dtype=object)), shape))
+        rights.append(constant - (1 << (k - 1)))
+    letters = LETTERS[: len(shape)]
+    rest = b.dot(
+        f"k{letters},k->{letters}",
+        np.stack(lefts),
+        b.constant(np.array(rights, dtype=object)),
+        (b.low, (1 << (k - 1)) - 9),
+    )
+    b.check(rest)
+
+
+def wide_clamp(value: Value, low: int, high: int) -> Ids:
+    """The clamp of an x beyond the table: y in low..high with x = y + over - under, over, under >= 0,
+    over (high - y) = 0 and under (y - low) = 0.
+
+    over and under are two checked limbs each. Everything is a bounded integer, and 2^k times an integer is
+    in the table only if it is zero: that is how the three equations are enforced.
+    """
+    b, x, tensor = value.builder, value.cells(), value.type
+    half = 1 << (b.logrows - 1)
+    y = b.private(f"{value.name}.clamped", x.shape, low, high, lambda get: np.clip(get(x), low, high))
+    check_range(b, y, low, high)
+    parts = [(x, 1), (y, -1)]
+    for name, sign, end, reach in (("over", 1, high, tensor.high - high), ("under", -1, low, low - tensor.low)):
+        if reach <= 0:
+            continue
+        if reach >= half * half:
+            raise CircuitTooNarrow(value.name, reach)
+
+        def limb(get: Get, which: int, sign: int = sign, end: int = end) -> Values:
+            excess = np.maximum(sign * (get(x) - end), 0)
+            return excess // half if which else excess % half
+
+        coarse = b.relu(
+            b.private(f"{value.name}.{name}1", x.shape, 0, reach // half, lambda get, f=limb: f(get, 1))
+        )
+        fine = b.relu(
+            b.private(f"{value.name}.{name}0", x.shape, 0, half - 9, lambda get, f=limb: f(get, 0))
+        )
+        excess = b.add(b.mul(coarse, b.constant([half])), fine)
+        gap = b.mul(b.sub(y, b.constant([end])), b.constant([2 * half]))
+        b.check(b.mul(excess, gap, bounds=(0, 0)))
+        parts.append((excess, -sign))
+    letters = LETTERS[: x.ndim]
+    coefficients = b.constant(np.array([c * 2 * half for _, c in parts], dtype=object))
+    b.check(b.dot(f"k{letters},k->{letters}", np.stack([ids for ids, _ in parts]), coefficients, (0, 0)))
+    return y

@@ -119,7 +119,9 @@ class Cells:
     def _new(self, op: str, name: str, shape: tuple[int, ...], low: int, high: int, **fields: Any) -> Ids:
         base = Base(op, self._unique(name), self._next, shape, low, high, **fields)
         if base.magnitude >= FIELD // 4:
-            raise ValueError(f"{name} can reach {base.magnitude.bit_length()} bits and would wrap in the field")
+            raise ValueError(
+                f"{name} can reach {base.magnitude.bit_length()} bits and would wrap in the field"
+            )
         self.bases.append(base)
         self._firsts.append(self._next)
         self._next += base.size
@@ -149,14 +151,25 @@ class Cells:
 
     # -- cells -------------------------------------------------------------------------------------------
 
-    def private(self, name: str, shape: tuple[int, ...], low: int, high: int, hint: Callable[[Get], Values]) -> Ids:
+    def private(
+        self, name: str, shape: tuple[int, ...], low: int, high: int, hint: Callable[[Get], Values]
+    ) -> Ids:
         """Cells the prover chooses; ``hint`` computes the honest values, bounded by low..high.
 
         The bounds are *not* enforced by this alone: the gadget must check the cells and make them unique.
         """
-        ids = self._new("private", name, shape, low, high, hint=hint)
+        size = int(np.prod(shape, dtype=np.int64))
+
+        def padded(get: Get) -> Values:
+            return np.append(np.asarray(hint(get)).ravel(), 0)
+
+        # An odd tensor gets a spare cell that nothing reads; see _even.
+        odd = size % 2 == 1
+        ids = self._new(
+            "private", name, (size + 1,) if odd else shape, low, high, hint=padded if odd else hint
+        )
         self._count("private", ids.size)
-        return ids
+        return ids.ravel()[:size].reshape(shape)
 
     def constant(self, values: Any) -> Ids:
         """Cells with fixed values; they cost nothing until an operation reads them."""
@@ -175,9 +188,14 @@ class Cells:
         corners = [apply(p, q) for p in (al, ah) for q in (bl, bh)]
         low, high = bounds or (min(corners), max(corners))
         shape = np.broadcast_shapes(a.shape, b.shape)
-        ids = self._new(op, f"{self._part}/{op}", shape, low, high, operands=(a, b))
+        size = int(np.prod(shape, dtype=np.int64))
+        if size % 2:
+            a, b = (_even(np.broadcast_to(ids, shape)) for ids in (a, b))
+        ids = self._new(
+            op, f"{self._part}/{op}", (size + 1,) if size % 2 else shape, low, high, operands=(a, b)
+        )
         self._count(op, ids.size)
-        return ids
+        return ids.ravel()[:size].reshape(shape)
 
     def add(self, a: Ids, b: Ids) -> Ids:
         """a + b, broadcasting."""
@@ -221,9 +239,11 @@ class Cells:
             low, high = self.bounds(a)
             if not self.fits(low, high):
                 raise ValueError(f"{self._part}: {low}..{high} does not fit the lookup table")
-            ids = self._new("relu", f"{self._part}/relu", a.shape, max(low, 0), max(high, 0), operands=(a,))
+            read = _even(a) if a.size % 2 else a
+            bounds = max(low, 0), max(high, 0)
+            ids = self._new("relu", f"{self._part}/relu", read.shape, *bounds, operands=(read,))
             self._count("lookup", ids.size)
-            self._relus[key] = ids
+            self._relus[key] = ids.ravel()[: a.size].reshape(a.shape)
             self._checked.update(a.ravel().tolist())
         return self._relus[key]
 
@@ -271,10 +291,13 @@ class Cells:
         values = CellValues(self)
         for base in self.bases:
             if base.op == "private":
-                given = inputs[base.name] if base.name in inputs else base.hint(values.get) if base.hint else None
+                given = (
+                    inputs[base.name] if base.name in inputs else base.hint(values.get) if base.hint else None
+                )
                 if given is None:
                     raise ValueError(f"no value for {base.name}")
-                array = np.asarray(given).reshape(base.shape)
+                array = np.asarray(given).ravel()
+                array = np.append(array, [0] * (base.size - array.size)).reshape(base.shape)
                 if lies and base.name in lies:
                     array = lies[base.name](array.astype(object).copy())
             elif base.op == "constant":
@@ -297,6 +320,16 @@ class Cells:
             return np.where(operands[0] > 0, operands[0], 0)
         a, b = operands
         return a + b if base.op == "add" else a - b if base.op == "sub" else a * b
+
+
+def _even(ids: Ids) -> Ids:
+    """A flat view with its last cell once more.
+
+    EZKL starts every dot on an even cell. Keeping all tensors even makes that free, and the count of cells
+    independent of the order in which EZKL lays them out.
+    """
+    flat = ids.ravel()
+    return np.append(flat, flat[-1])
 
 
 class CellValues:

@@ -41,7 +41,9 @@ class _Writer:
     def constant(self, values: Values) -> str:
         """A float32 initializer; every value must be exactly representable."""
         array = values.astype(np.float64).astype(np.float32)
-        if any(int(a) != int(b) for a, b in zip(array.ravel().tolist(), values.ravel().tolist(), strict=True)):
+        if any(
+            int(a) != int(b) for a, b in zip(array.ravel().tolist(), values.ravel().tolist(), strict=True)
+        ):
             raise ValueError("a circuit constant is not exact in float32")
         name = self.fresh()
         self.initializers.append(numpy_helper.from_array(array, name))
@@ -130,7 +132,9 @@ def write_onnx(cells: Cells, outputs: dict[str, Ids]) -> bytes:
             writer.nodes.append(helper.make_node(ONNX_OPS[base.op], operands, [base.name], **attributes))
     results = []
     for name, ids in outputs.items():
-        writer.nodes.append(helper.make_node("Reshape", [writer.view(ids), writer.integers([ids.size])], [name]))
+        writer.nodes.append(
+            helper.make_node("Reshape", [writer.view(ids), writer.integers([ids.size])], [name])
+        )
         results.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, [ids.size]))
     graph = helper.make_graph(writer.nodes, "mambaint", inputs, results, writer.initializers)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)

@@ -35,7 +35,8 @@ def dataclass_from_dict(cls: type[C], values: dict[str, Any], source: str) -> C:
             choices = get_args(hint)
             if value not in choices:
                 raise MambaintError(
-                    f"{source} {key} = {value!r} is not possible", f"choose one of {', '.join(map(str, choices))}"
+                    f"{source} {key} = {value!r} is not possible",
+                    f"choose one of {', '.join(map(str, choices))}",
                 )
         elif hint is float and type(value) is int:
             continue
@@ -157,16 +158,24 @@ class MambaIntConfig:
             f"expand*d_model = {self.d_inner} is not a multiple of headdim = {self.headdim}",
             "choose a headdim that divides it",
         )
-        need(self.d_state % 2 == 0, f"d_state = {self.d_state} is odd", "the rotation needs pairs: choose an even one")
+        need(
+            self.d_state % 2 == 0,
+            f"d_state = {self.d_state} is odd",
+            "the rotation needs pairs: choose an even one",
+        )
         need(
             -127 <= self.input_low < self.input_high <= 127,
             f"inputs {self.input_low}..{self.input_high} are not int8",
             "choose input_low < input_high inside -127..127",
         )
-        need(self.d_model <= 1024, f"d_model = {self.d_model} breaks the 24-bit rule", "choose d_model <= 1024")
+        need(
+            self.d_model <= 1024, f"d_model = {self.d_model} breaks the 24-bit rule", "choose d_model <= 1024"
+        )
         need(4 <= self.decay_bits <= 8, f"decay_bits = {self.decay_bits}", "choose 4 to 8")
         need(
-            self.decay_bits <= self.A_bits <= 12, f"A_bits = {self.A_bits}", "choose decay_bits <= A_bits <= 12"
+            self.decay_bits <= self.A_bits <= 12,
+            f"A_bits = {self.A_bits}",
+            "choose decay_bits <= A_bits <= 12",
         )
         need(0.0 < self.decay_min <= self.decay_max < 1.0, "decay_min/decay_max", "choose 0 < min <= max < 1")
 

@@ -28,7 +28,9 @@ def check_input(graph: Graph, values: ArrayLike) -> IntArray:
         array = np.asarray(values)
         numbers = array.astype(np.float64)
     except (TypeError, ValueError) as error:
-        raise MambaintError("the input is ragged or not numeric", "give a rectangular array of integers") from error
+        raise MambaintError(
+            "the input is ragged or not numeric", "give a rectangular array of integers"
+        ) from error
     wanted = 3 if features else 2
     fixed = any(node.op == "reduce" for node in graph.nodes)
     shape = array.shape

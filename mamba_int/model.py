@@ -287,5 +287,3 @@ class MambaInt(nn.Module):
             for key, value in node.constants.items():
                 result[f"{node.name}.{key}"] = value.double().round().long()
         return result
-
-

@@ -128,9 +128,7 @@ class _Builder:
         return self.saturate(name, wide, config.activation_bits)
 
 
-def build_nodes(
-    config: MambaIntConfig, fracs: Mapping[str, int], constants: Constants
-) -> NativeNodes:
+def build_nodes(config: MambaIntConfig, fracs: Mapping[str, int], constants: Constants) -> NativeNodes:
     """The nodes of a native model.
 
     Args:
@@ -142,11 +140,15 @@ def build_nodes(
     b = _Builder(constants)
     c = config
     if c.task == "classification":
-        inputs = b.add("input", "input", frac=c.input_frac, low=c.input_low, high=c.input_high, features=c.n_features)
+        inputs = b.add(
+            "input", "input", frac=c.input_frac, low=c.input_low, high=c.input_high, features=c.n_features
+        )
         frac = c.input_frac + fracs["embed"]
         held = {"weight": fracs["embed"], "bias": frac}
         embedded = b.add("embed", "linear", inputs, frac=frac, constants=held)
-        residual = b.saturate("residual", b.shift("residual_wide", embedded, c.residual_frac), c.residual_bits)
+        residual = b.saturate(
+            "residual", b.shift("residual_wide", embedded, c.residual_frac), c.residual_bits
+        )
     else:
         inputs = b.add("input", "input", frac=0, low=0, high=c.vocab_size - 1, features=0)
         held = {"table": c.residual_frac}
@@ -291,9 +293,7 @@ def _scan(b: _Builder, c: MambaIntConfig, layer: str, x: str, B: str, C: str, de
         "u_align": f.y - f.u if chunked(c) else 0,
         "D_align": f.y - b.frac[x] - f.D,
     }
-    return b.add(
-        f"{layer}.ssd", "ssd", *inputs, frac=f.y, constants=held, **ssd_attributes(c), **aligned
-    )
+    return b.add(f"{layer}.ssd", "ssd", *inputs, frac=f.y, constants=held, **ssd_attributes(c), **aligned)
 
 
 def _gate(b: _Builder, c: MambaIntConfig, fracs: Mapping[str, int], layer: str, y: str, z_in: str) -> str:

@@ -65,5 +65,3 @@ def optimize(graph: Graph, max_bits: int = 53) -> Graph:
     for run in PASSES:
         graph = run(graph).verify(max_bits)
     return graph
-
-

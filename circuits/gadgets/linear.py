@@ -151,7 +151,8 @@ class LinearValue(Value):
             x = np.concatenate([x, ones], 1)
         packed = self._pack(x, bits)
         terms = [
-            (ids, signs * m) for ids, signs in combine_columns(b, packed[: self._weight.shape[1]], self._weight)
+            (ids, signs * m)
+            for ids, signs in combine_columns(b, packed[: self._weight.shape[1]], self._weight)
         ]
         if biased:
             spread = np.broadcast_to(packed[-1:], (len(self._weight),))
@@ -199,9 +200,7 @@ def combine_columns(b: Cells, x: Ids, weight: IntArray) -> list[tuple[Ids, Value
         x: cells [K]. weight: [J, K].
     """
     outputs, inputs = weight.shape
-    plain = [
-        (np.broadcast_to(x[i : i + 1], (outputs,)), weight[:, i].astype(object)) for i in range(inputs)
-    ]
+    plain = [(np.broadcast_to(x[i : i + 1], (outputs,)), weight[:, i].astype(object)) for i in range(inputs)]
     if inputs < 4 or not set(np.unique(weight).tolist()) <= {-1, 0, 1}:
         return plain
     sums = _PairSums(x, weight)
@@ -285,9 +284,7 @@ class _PairSums:
         return made
 
 
-def linear(
-    source: Value, name: str, tensor: TensorType, weight: IntArray, bias: IntArray | None
-) -> Value:
+def linear(source: Value, name: str, tensor: TensorType, weight: IntArray, bias: IntArray | None) -> Value:
     """The gadget of ``linear``: packed over time where there is a time axis, plain dots where not."""
     if len(tensor.shape) == 2:
         return LinearValue(source, name, tensor, weight, bias)

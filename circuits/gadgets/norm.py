@@ -62,5 +62,7 @@ def norm(source: Value, node: Node, tensor: TensorType) -> Value:
             factor = b.dot("tk,k->t", e, powers, (0, m << levels))
             return factor[None]
 
-    product = Summed(b, f"{name}.scaled", tensor, lambda: Accumulation(x[None], scale, (0,), tensor.low, tensor.high))
+    product = Summed(
+        b, f"{name}.scaled", tensor, lambda: Accumulation(x[None], scale, (0,), tensor.low, tensor.high)
+    )
     return Shifted(product, name, tensor, Norm.places(node))

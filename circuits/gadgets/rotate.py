@@ -16,12 +16,12 @@ def rotate(source: Value, node: Node, tensor: TensorType) -> Value:
     rows = np.arange(tensor.shape[0]) % node.integer("period")
     constants = {key: np.asarray(value)[rows] for key, value in node.constants.items()}
     emit = _table if node.attributes["form"] == "table" else _shear
-    return Computed(source.builder, node.name, tensor, lambda: emit(source, node.name, tensor, constants, frac))
+    return Computed(
+        source.builder, node.name, tensor, lambda: emit(source, node.name, tensor, constants, frac)
+    )
 
 
-def _table(
-    source: Value, name: str, tensor: TensorType, constants: dict[str, np.ndarray], frac: int
-) -> Ids:
+def _table(source: Value, name: str, tensor: TensorType, constants: dict[str, np.ndarray], frac: int) -> Ids:
     b, x = source.builder, source.cells()
     half = x.shape[1] // 2
     cos, sin = constants["cos"], constants["sin"]
@@ -45,9 +45,7 @@ def _table(
     return result
 
 
-def _shear(
-    source: Value, name: str, tensor: TensorType, constants: dict[str, np.ndarray], frac: int
-) -> Ids:
+def _shear(source: Value, name: str, tensor: TensorType, constants: dict[str, np.ndarray], frac: int) -> Ids:
     """v1 += shift(lam v2), v2 += shift(gam v1), v1 += shift(lam v2), then the sign."""
     b, x = source.builder, source.cells()
     half = x.shape[1] // 2

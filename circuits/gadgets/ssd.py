@@ -47,7 +47,9 @@ class SsdValue(Value):
             Q, steps = self._node.integer("chunk_size"), self.type.shape[0]
             self._chunks, H = [], None
             for start in range(0, steps, Q):
-                chunk = _Chunk(self.builder, self._node, self._inputs, self._bounds, start, min(start + Q, steps), H)
+                chunk = _Chunk(
+                    self.builder, self._node, self._inputs, self._bounds, start, min(start + Q, steps), H
+                )
                 self._chunks.append(chunk)
                 if start + Q < steps:
                     H = chunk.next_state()
@@ -127,9 +129,7 @@ class _Chunk:
         self.pairs = [(t, s) for t in range(self.length) for s in range(t + 1)]
         self.M = self._mixing()
 
-    def _product(
-        self, name: str, left: Ids, right: Ids, scaled: Ids | None, bound: int, places: int
-    ) -> Ids:
+    def _product(self, name: str, left: Ids, right: Ids, scaled: Ids | None, bound: int, places: int) -> Ids:
         """shift(left * right, places), elementwise; ``scaled``, if given, is right times 2^(k - places)."""
         b = self.b
 
@@ -155,7 +155,9 @@ class _Chunk:
         carried = self.H is not None
         scaled = b.mul(self.n, b.constant([1 << (b.logrows - k)])) if b.logrows - k >= 4 else None
         for t in range(self.length):
-            own = b.sub(b.constant([1 << fA]), b.mul(self.n[t], b.constant([scale])) if scale > 1 else self.n[t])
+            own = b.sub(
+                b.constant([1 << fA]), b.mul(self.n[t], b.constant([scale])) if scale > 1 else self.n[t]
+            )
             before = [s for s in range(t)]
             if carried:
                 if t == 0:
@@ -290,19 +292,21 @@ class _Chunk:
                 b,
                 f"{self.name}.AB",
                 TensorType(left.shape, -reach, reach),
-                lambda: Accumulation(
-                    left[None], lambda m: scaled(m)[None], (0, 1, 2), -reach, reach
-                ),
+                lambda: Accumulation(left[None], lambda m: scaled(m)[None], (0, 1, 2), -reach, reach),
             )
             bound = self.bounds.beta
             narrow = TensorType(left.shape, -bound, bound)
             beta = product.shifted(f"{self.name}.beta", narrow, a["beta_shift"]).cells()
         with b.part(f"{self.node.name}.H"):
             across = self._A[last, -1]
-            turns = [
-                self._turn(f"{self.name}.{name}", across, self.node.constants[key], fA, fR)
-                for name, key in (("kappa", "cos_Q"), ("sigma", "sin_Q"))
-            ] if self.H is not None else []
+            turns = (
+                [
+                    self._turn(f"{self.name}.{name}", across, self.node.constants[key], fA, fR)
+                    for name, key in (("kappa", "cos_Q"), ("sigma", "sin_Q"))
+                ]
+                if self.H is not None
+                else []
+            )
             return self._state(beta, turns, half)
 
     def _turn(self, name: str, across: Ids, constants: Any, fA: int, fR: int) -> Ids:

@@ -347,7 +347,10 @@ def wide_clamp(value: Value, low: int, high: int) -> Ids:
     y = b.private(f"{value.name}.clamped", x.shape, low, high, lambda get: np.clip(get(x), low, high))
     check_range(b, y, low, high)
     parts = [(x, 1), (y, -1)]
-    for name, sign, end, reach in (("over", 1, high, tensor.high - high), ("under", -1, low, low - tensor.low)):
+    for name, sign, end, reach in (
+        ("over", 1, high, tensor.high - high),
+        ("under", -1, low, low - tensor.low),
+    ):
         if reach <= 0:
             continue
         if reach >= half * half:
@@ -360,9 +363,7 @@ def wide_clamp(value: Value, low: int, high: int) -> Ids:
         coarse = b.relu(
             b.private(f"{value.name}.{name}1", x.shape, 0, reach // half, lambda get, f=limb: f(get, 1))
         )
-        fine = b.relu(
-            b.private(f"{value.name}.{name}0", x.shape, 0, half - 9, lambda get, f=limb: f(get, 0))
-        )
+        fine = b.relu(b.private(f"{value.name}.{name}0", x.shape, 0, half - 9, lambda get, f=limb: f(get, 0)))
         excess = b.add(b.mul(coarse, b.constant([half])), fine)
         gap = b.mul(b.sub(y, b.constant([end])), b.constant([2 * half]))
         b.check(b.mul(excess, gap, bounds=(0, 0)))

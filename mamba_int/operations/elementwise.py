@@ -25,7 +25,9 @@ class _Binary(Operation):
             value = np.asarray(node.constants["value"])
             check(value.ndim <= 1, "the constant must be a scalar or a vector")
             other = TensorType(value.shape, int(value.min()), int(value.max()))
-            check(np.broadcast_shapes(inputs[0].shape, value.shape) == inputs[0].shape, "constant does not fit")
+            check(
+                np.broadcast_shapes(inputs[0].shape, value.shape) == inputs[0].shape, "constant does not fit"
+            )
         else:
             check(len(inputs) == 2 and inputs[0].shape == inputs[1].shape, "operands differ in shape")
             other = inputs[1]

@@ -63,7 +63,8 @@ class Norm(Operation):
         xs = np.clip(rounding_shift(x, node.integer("input_shift")), -limit, limit)
         squares = (xs * xs).sum(-1, keepdims=True)
         exponent = sum(
-            ((squares > t).astype(np.int64) for t in self.thresholds(node, x.shape[-1])), np.zeros_like(squares)
+            ((squares > t).astype(np.int64) for t in self.thresholds(node, x.shape[-1])),
+            np.zeros_like(squares),
         )
         record("xs", xs)
         record("squares", squares)

@@ -95,7 +95,8 @@ def unrotate(node: Node, rotated: IntArray) -> IntArray:
         rotated: its result, [batch, T, N].
     """
     constants: dict[str, Any] = {
-        name: value[np.arange(rotated.shape[1]) % node.integer("period")] for name, value in node.constants.items()
+        name: value[np.arange(rotated.shape[1]) % node.integer("period")]
+        for name, value in node.constants.items()
     }
     frac, half = node.integer("constant_frac"), rotated.shape[-1] // 2
     v1, v2 = constants["sign"] * rotated[..., :half], constants["sign"] * rotated[..., half:]

@@ -185,9 +185,7 @@ class Ssd(Operation):
         return y.reshape(batch, chunks * Q, channels)[:, :length]
 
     @staticmethod
-    def _carry(
-        node: Node, A: IntArray, X: IntArray, Ch: IntArray, Bn: IntArray, record: Record
-    ) -> IntArray:
+    def _carry(node: Node, A: IntArray, X: IntArray, Ch: IntArray, Bn: IntArray, record: Record) -> IntArray:
         """What earlier chunks contribute to y, [batch, chunks, Q, heads, P]."""
         fA, fR = node.integer("A_bits"), node.integer("rotation_frac")
         batch, chunks, _, heads, P = X.shape

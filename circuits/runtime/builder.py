@@ -1,0 +1,148 @@
+"""Writes ONNX nodes on integer tensors, with the few forms that ONNX itself lacks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import ArrayLike
+from onnx import TensorProto, helper, numpy_helper
+
+from mamba_int.graph import Graph
+
+INT32_BITS = 29
+"""Graphs up to this width run in int32: the offset of the shift needs a bit beside the sign."""
+
+
+class Builder:
+    """Nodes and constants of one ONNX graph in the making. Tensors are handled by their ONNX names.
+
+    Attributes:
+        graph: the integer graph that is being lowered.
+        dtype: of every tensor, int32 where the proven intervals allow it, else int64.
+        names: tensors that bear a name of the integer graph, in order.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        narrow = graph.max_bits <= INT32_BITS
+        self.dtype: type[np.signedinteger[Any]] = np.int32 if narrow else np.int64
+        self.onnx_type = TensorProto.INT32 if narrow else TensorProto.INT64
+        self._unsigned = TensorProto.UINT32 if narrow else TensorProto.UINT64
+        self._unsigned_dtype: type[np.unsignedinteger[Any]] = np.uint32 if narrow else np.uint64
+        # Above every magnitude, and a multiple of every power of two that is shifted by.
+        self._offset = 1 << (30 if narrow else 62)
+        self.nodes: list[onnx.NodeProto] = []
+        self.initializers: dict[tuple[str, tuple[int, ...], bytes], onnx.TensorProto] = {}
+        self.names: list[str] = []
+        self._count = 0
+
+    # -- tensors -----------------------------------------------------------------------------------------
+
+    def op(self, kind: str, *inputs: str, **attributes: Any) -> str:
+        """Append a node; return the name of its result."""
+        self._count += 1
+        result = f"%{self._count}"
+        self.nodes.append(helper.make_node(kind, inputs, [result], **attributes))
+        return result
+
+    def call(self, tensor: str, name: str) -> str:
+        """Give a tensor its name in the integer graph, and return that.
+
+        The tensor must be fresh: nothing reads it yet under its old name.
+        """
+        last = self.nodes[-1] if self.nodes else None
+        if last is not None and tensor == last.output[0] and tensor.startswith("%"):
+            last.output[0] = name
+        else:
+            self.nodes.append(helper.make_node("Identity", [tensor], [name]))
+        self.names.append(name)
+        return name
+
+    def initializer(self, array: np.ndarray[Any, Any]) -> str:
+        """A constant with the dtype it has; equal ones are stored once."""
+        key = (array.dtype.str, array.shape, np.ascontiguousarray(array).tobytes())
+        if key not in self.initializers:
+            self.initializers[key] = numpy_helper.from_array(array, f"%c{len(self.initializers)}")
+        name: str = self.initializers[key].name
+        return name
+
+    def constant(self, values: ArrayLike) -> str:
+        """Integers of the graph, in its dtype."""
+        return self.initializer(np.asarray(values).astype(self.dtype))
+
+    def sizes(self, *values: int) -> str:
+        """A vector of int64, as shapes and axes are given."""
+        return self.initializer(np.array(values, np.int64))
+
+    # -- arithmetic --------------------------------------------------------------------------------------
+
+    def add(self, a: str, b: str) -> str:
+        return self.op("Add", a, b)
+
+    def sub(self, a: str, b: str) -> str:
+        return self.op("Sub", a, b)
+
+    def mul(self, a: str, b: str) -> str:
+        return self.op("Mul", a, b)
+
+    def scale(self, x: str, places: int) -> str:
+        """x << places, for places >= 0."""
+        return self.mul(x, self.constant(1 << places)) if places else x
+
+    def shift(self, x: str, places: int) -> str:
+        """The rounding shift floor((x + 2^(k-1)) / 2^k); a negative k shifts left.
+
+        ONNX shifts unsigned integers only, so an offset that is a multiple of 2^k makes x positive.
+        """
+        if places <= 0:
+            return self.scale(x, -places)
+        lifted = self.add(x, self.constant(self._offset + (1 << (places - 1))))
+        unsigned = self.op("Cast", lifted, to=self._unsigned)
+        by = self.initializer(np.array(places, self._unsigned_dtype))
+        lowered = self.op("BitShift", unsigned, by, direction="RIGHT")
+        signed = self.op("Cast", lowered, to=self.onnx_type)
+        return self.sub(signed, self.constant(self._offset >> places))
+
+    def clip(self, x: str, low: int, high: int) -> str:
+        """min(max(x, low), high)."""
+        info = np.iinfo(self.dtype)
+        bottom, top = (self.constant(min(max(v, info.min), info.max)) for v in (low, high))
+        return self.op("Clip", x, bottom, top)
+
+    def truth(self, condition: str) -> str:
+        """A bool tensor as 0 and 1."""
+        return self.op("Cast", condition, to=self.onnx_type)
+
+    def sum(self, x: str, axis: int, keep: bool) -> str:
+        """Sum over one axis."""
+        return self.op("ReduceSum", x, self.sizes(axis), keepdims=int(keep))
+
+    # -- shape -------------------------------------------------------------------------------------------
+
+    def slice(self, x: str, start: int, stop: int, axis: int = -1) -> str:
+        """Elements start to stop (exclusive) of one axis."""
+        return self.op("Slice", x, self.sizes(start), self.sizes(stop), self.sizes(axis))
+
+    def concat(self, parts: Sequence[str], axis: int) -> str:
+        return self.op("Concat", *parts, axis=axis) if len(parts) > 1 else parts[0]
+
+    def reshape(self, x: str, *shape: int) -> str:
+        """To a shape whose 0 keeps the size found there: the batch."""
+        return self.op("Reshape", x, self.sizes(*shape))
+
+    def transpose(self, x: str, *order: int) -> str:
+        return self.op("Transpose", x, perm=list(order))
+
+    def unsqueeze(self, x: str, axis: int) -> str:
+        return self.op("Unsqueeze", x, self.sizes(axis))
+
+    def pad(self, x: str, rank: int, axis: int, before: int, after: int) -> str:
+        """Zeros before and after one axis."""
+        if before == after == 0:
+            return x
+        widths = [0] * (2 * rank)
+        widths[axis % rank], widths[rank + axis % rank] = before, after
+        return self.op("Pad", x, self.sizes(*widths))

@@ -39,6 +39,42 @@ FIELD = 218882428718392752222464057452572750885483644004160343436982041865758084
 """The prime of BN254's scalar field, in which the circuit computes."""
 
 SMALL = 1 << 62
+FLOAT_MANTISSA = 24
+"""Bits of an integer that float32 holds, whatever its magnitude up to 2^127."""
+
+
+class CircuitTooNarrow(Exception):
+    """A value does not fit the lookup table of this many rows: more rows are needed.
+
+    Attributes:
+        name: of the tensor.
+        magnitude: what the table would have to hold.
+    """
+
+    def __init__(self, name: str, magnitude: int) -> None:
+        super().__init__(f"'{name}' can reach {magnitude}")
+        self.name = name
+        self.magnitude = magnitude
+
+
+def float_parts(values: Values) -> list[Values]:
+    """Integers as a sum of as few arrays as possible that float32 holds exactly.
+
+    ONNX lets EZKL see constants as float32 only: each part has the next 24 leading bits.
+    """
+    rest = np.asarray(values, dtype=object)
+    parts: list[Values] = []
+    while not parts or rest.any():
+        part = np.vectorize(_leading_bits, otypes=[object])(rest)
+        parts.append(part)
+        rest = rest - part
+    return parts
+
+
+def _leading_bits(value: int) -> int:
+    spare = max(0, abs(value).bit_length() - FLOAT_MANTISSA)
+    part = abs(value) >> spare << spare
+    return part if value >= 0 else -part
 
 
 @dataclass(frozen=True)
@@ -145,6 +181,18 @@ class Cells:
             values[inside] = base.constant.ravel()[ids[inside] - base.first]
         return values
 
+    def _exact_parts(self, ids: Ids) -> list[Ids]:
+        """A view of constants as views that float32 holds and that add up to it; any other view as it is."""
+        if any(base.op != "constant" for base in self.base_of(ids)):
+            return [ids]
+        parts = float_parts(self.constant_values(ids))
+        return [ids] if len(parts) == 1 else [self.constant(part) for part in parts]
+
+    def _all(self, ids: Ids, value: int) -> bool:
+        """Whether a view holds nothing but this constant: EZKL would leave out x + 0 and x * 1."""
+        constant = all(base.op == "constant" for base in self.base_of(ids))
+        return constant and bool((self.constant_values(ids) == value).all())
+
     def fits(self, low: int, high: int) -> bool:
         """Whether the lookup table holds all of low..high."""
         return self.low <= low and high <= self.high
@@ -173,7 +221,7 @@ class Cells:
 
     def constant(self, values: Any) -> Ids:
         """Cells with fixed values; they cost nothing until an operation reads them."""
-        array = np.asarray(values, dtype=object)
+        array = np.atleast_1d(np.asarray(values, dtype=object))
         return self._new(
             "constant", "constant", array.shape, int(array.min()), int(array.max()), constant=array
         )
@@ -198,23 +246,39 @@ class Cells:
         return ids.ravel()[:size].reshape(shape)
 
     def add(self, a: Ids, b: Ids) -> Ids:
-        """a + b, broadcasting."""
-        return self._binary("add", a, b)
+        """a + b, broadcasting; a constant goes second."""
+        if self._all(b, 0):
+            return np.broadcast_to(a, np.broadcast_shapes(a.shape, b.shape))
+        for part in self._exact_parts(b):
+            a = self._binary("add", a, part)
+        return a
 
     def sub(self, a: Ids, b: Ids) -> Ids:
-        """a - b, broadcasting."""
-        return self._binary("sub", a, b)
+        """a - b, broadcasting; a constant goes first if it is exact in float32, second otherwise."""
+        if self._all(b, 0):
+            return np.broadcast_to(a, np.broadcast_shapes(a.shape, b.shape))
+        for part in self._exact_parts(b):
+            a = self._binary("sub", a, part)
+        return a
 
     def mul(self, a: Ids, b: Ids, bounds: tuple[int, int] | None = None) -> Ids:
-        """a * b, broadcasting; ``bounds`` as in :meth:`dot`."""
-        return self._binary("mul", a, b, bounds)
+        """a * b, broadcasting; ``bounds`` as in :meth:`dot`; a constant goes second."""
+        if self._all(b, 1):
+            return np.broadcast_to(a, np.broadcast_shapes(a.shape, b.shape))
+        first, *rest = self._exact_parts(b)
+        if not rest:
+            return self._binary("mul", a, b, bounds)
+        result = self._binary("mul", a, first)
+        for part in rest:
+            result = self._binary("add", result, self._binary("mul", a, part))
+        return result
 
     def dot(self, equation: str, a: Ids, b: Ids, bounds: tuple[int, int] | None = None) -> Ids:
         """An Einsum of two operands whose summed indices appear in both.
 
         Args:
             equation: such as ``ktc,kc->tc``.
-            a, b: the operands.
+            a, b: the operands; a constant goes second.
             bounds: proven bounds of the result, where the gadget knows better than interval arithmetic.
         """
         left, out = equation.split("->")
@@ -223,6 +287,13 @@ class Cells:
         summed = [letter for letter in size if letter not in out]
         if not all(letter in la and letter in lb for letter in summed):
             raise ValueError(f"{equation}: a summed index is not in both operands")
+        parts = self._exact_parts(b)
+        if len(parts) > 1:
+            # x (c1 + c2) = x c1 + x c2: the sum runs over the same x again with the rest of the constant.
+            left_axis, right_axis = la.index(summed[0]), lb.index(summed[0])
+            a = np.concatenate([a] * len(parts), left_axis)
+            b = np.concatenate(parts, right_axis)
+            size[summed[0]] *= len(parts)
         length = int(np.prod([size[letter] for letter in summed], dtype=np.int64))
         if bounds is None:
             reach = length * max(map(abs, self.bounds(a))) * max(map(abs, self.bounds(b)))
@@ -238,7 +309,7 @@ class Cells:
         if key not in self._relus:
             low, high = self.bounds(a)
             if not self.fits(low, high):
-                raise ValueError(f"{self._part}: {low}..{high} does not fit the lookup table")
+                raise CircuitTooNarrow(self._part, max(-low, high))
             read = _even(a) if a.size % 2 else a
             bounds = max(low, 0), max(high, 0)
             ids = self._new("relu", f"{self._part}/relu", read.shape, *bounds, operands=(read,))
@@ -265,7 +336,7 @@ class Cells:
         low, high = self.bounds(ids)
         if not self.fits(low, high):
             worst = max(self.base_of(ids), key=lambda base: base.magnitude)
-            raise ValueError(f"{worst.name}: {worst.low}..{worst.high} does not fit the lookup table")
+            raise CircuitTooNarrow(worst.name, worst.magnitude)
         for _, part in todo:
             self._count("lookup", 1, part)
         self._count("lookup", 2, "anchor")

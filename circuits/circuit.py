@@ -1,4 +1,4 @@
-"""What a compiled circuit is: the contract between ``circuits`` (which builds it) and ``zk`` (which proves it)."""
+"""A compiled circuit: the contract between ``circuits``, which builds it, and ``zk``, which proves it."""
 
 from __future__ import annotations
 

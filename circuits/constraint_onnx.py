@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import onnx
@@ -28,7 +29,7 @@ class _Writer:
         self.count += 1
         return f"t{self.count}"
 
-    def node(self, op: str, inputs: list[str], **attributes: object) -> str:
+    def node(self, op: str, inputs: list[str], **attributes: Any) -> str:
         name = self.fresh()
         self.nodes.append(helper.make_node(op, inputs, [name], **attributes))
         return name
@@ -79,6 +80,8 @@ class _Writer:
             if base.op == "constant":
                 assert base.constant is not None
                 serial = 1 + len(self.constants)
+                while (*base.constant.ravel().tolist(), serial) in self.constants:
+                    serial += 1
                 values = np.append(base.constant.ravel(), serial)
                 self.constants.add(tuple(int(v) for v in values))
                 flat.append(self.constant(values))
@@ -117,9 +120,10 @@ def write_onnx(cells: Cells, outputs: dict[str, Ids]) -> bytes:
     writer = _Writer(cells)
     inputs = []
     bases = needed(cells, list(outputs.values()))
-    unused = [b.name for b in cells.bases if b.op == "private" and b not in bases]
+    used = {base.first for base in bases}
+    unused = [base.name for base in cells.bases if base.op != "constant" and base.first not in used]
     if unused:
-        raise ValueError(f"private cells constrain nothing: {unused[0]}")
+        raise ValueError(f"cells that no output depends on would be pruned: {unused[0]}")
     for base in bases:
         if base.op == "private":
             inputs.append(helper.make_tensor_value_info(base.name, TensorProto.FLOAT, list(base.shape)))

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from circuits.cells import Cells, Ids, Values
+from circuits.cells import Cells, CircuitTooNarrow, Ids, Values
 from circuits.circuit import Circuit, PublicTensor, Witness
 from circuits.constraint_onnx import write_onnx
 from circuits.gadgets.division import div, isqrt
@@ -21,7 +21,6 @@ from circuits.gadgets.rotate import rotate
 from circuits.gadgets.ssd import ssd
 from circuits.gadgets.values import (
     Accumulation,
-    CircuitTooNarrow,
     Combination,
     Computed,
     Summed,
@@ -34,6 +33,8 @@ from mamba_int.graph import Graph, Node, TensorType
 
 MARGIN_ROWS = 12
 """Rows EZKL needs beyond those of the circuit."""
+MODEL_INPUT = "model_input"
+"""Name of the private tensor that holds the model input; shown in public, it is the output ``input``."""
 SMALLEST_LOGROWS = 8
 LARGEST_LOGROWS = 20
 
@@ -49,10 +50,9 @@ class _Relu(Value):
         return self._source.relu()
 
     def clamp(self, low: int, high: int) -> Ids:
-        if low > 0:
+        if low > 0 or high < 0:
             return super().clamp(low, high)
-        above = self.cells()
-        return clamp_from_zero(self.builder, above, self._source.cells(), self._source.type, 0, high)
+        return clamp_from_zero(self.builder, self.cells(), self._source.type, 0, high)
 
 
 class _Lowering:
@@ -81,7 +81,7 @@ class _Lowering:
 def _input(low: _Lowering, node: Node, tensor: TensorType) -> Value:
     def emit() -> Ids:
         b = low.cells
-        ids = b.private("input", tensor.shape, tensor.low, tensor.high, _given)
+        ids = b.private(MODEL_INPUT, tensor.shape, tensor.low, tensor.high, _given)
         return check_range(b, ids, tensor.low, tensor.high)
 
     return Computed(low.cells, node.name, tensor, emit)
@@ -92,7 +92,7 @@ def _given(get: Any) -> Values:
 
 
 def _embedding(low: _Lowering, node: Node, tensor: TensorType) -> Value:
-    """A one-hot row per token, by relu and sum = 1, whose index is the token; then plain dots with the table."""
+    """A one-hot row per token, by relu and sum = 1, whose index is the token; then dots with the table."""
     b, table = low.cells, np.asarray(node.constants["table"])
     (source,) = low.operands(node)
 
@@ -196,8 +196,9 @@ def _shift(low: _Lowering, node: Node, tensor: TensorType) -> Value:
 
 def _clamp(low: _Lowering, node: Node, tensor: TensorType) -> Value:
     (source,) = low.operands(node)
-    bottom, top = node.integer("low"), node.integer("high")
-    return Computed(low.cells, node.name, tensor, lambda: source.clamp(max(bottom, source.type.low), top))
+    top = node.integer("high")
+    bottom = min(max(node.integer("low"), source.type.low), top)
+    return Computed(low.cells, node.name, tensor, lambda: source.clamp(bottom, top))
 
 
 def _relu(low: _Lowering, node: Node, tensor: TensorType) -> Value:
@@ -300,7 +301,7 @@ class LoweredCircuit:
             lies: private tensor -> what a lying prover makes of its honest values (tests).
             trace: if given, receives the value of every graph tensor that has cells of its own.
         """
-        values = self.cells.evaluate({"input": inputs}, lies)
+        values = self.cells.evaluate({MODEL_INPUT: inputs}, lies)
         if trace is not None:
             trace.update({name: values.get(ids) for name, ids in self.tensors.items()})
         firsts = {base.name: base for base in self.cells.bases if base.op == "private"}
@@ -335,7 +336,7 @@ def lower(graph: Graph, logrows: int, public_input: bool) -> LoweredCircuit:
         model_id=graph.model_id,
         onnx=onnx_bytes,
         logrows=logrows,
-        rows=-(-(cells.total + instances) // 2),
+        rows=(cells.total + instances) // 2,
         private=tuple((base.name, base.size) for base in cells.bases if base.op == "private"),
         public=tuple(
             PublicTensor(name, (ids.size,), 0 if name == "anchor" else None) for name, ids in outputs.items()

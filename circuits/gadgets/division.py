@@ -6,7 +6,7 @@ from math import isqrt as root_of
 
 import numpy as np
 
-from circuits.cells import Ids
+from circuits.cells import Ids, Values
 from circuits.gadgets.values import Value, check_range, nonnegative
 from mamba_int.graph import TensorType
 
@@ -24,8 +24,9 @@ def isqrt(source: Value, name: str, tensor: TensorType) -> Ids:
     return r
 
 
-def _roots(x: np.ndarray) -> np.ndarray:
-    return np.vectorize(lambda v: root_of(int(v)) if v >= 0 else 0, otypes=[np.int64])(x)
+def _roots(x: Values) -> Values:
+    roots: Values = np.vectorize(lambda v: root_of(int(v)) if v >= 0 else 0, otypes=[np.int64])(x)
+    return roots
 
 
 def div(x_value: Value, d_value: Value, name: str, tensor: TensorType) -> Ids:

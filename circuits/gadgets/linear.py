@@ -11,6 +11,8 @@ from circuits.gadgets.values import Accumulation, Computed, Summed, Value
 from mamba_int.graph import IntArray, TensorType
 from mamba_int.operations.base import rounding_shift
 
+Hint = Callable[[Get], Values]
+"""Computes honest values of private cells."""
 FLOAT_BITS = 126
 """Powers of two up to 2^126 are float32 constants, which is all that ONNX lets EZKL see."""
 FIELD_BITS = 250
@@ -54,6 +56,10 @@ class LinearValue(Value):
         for start in range(0, steps, most):
             stop = min(start + most, steps)
             exact = self._exact(start, stop)
+
+            def later_digits(get: Get, exact: Hint = exact) -> Values:
+                return exact(get)[1:]
+
             terms = self._packed_terms(start, stop, k, 1)
             rows: list[Ids] = []
             if stop - start > 1:
@@ -62,7 +68,7 @@ class LinearValue(Value):
                     (stop - start - 1, len(self._weight)),
                     self.type.low,
                     self.type.high,
-                    lambda get, f=exact: f(get)[1:],
+                    later_digits,
                 )
                 rows.append(b.check(digits))
                 terms += self._subtract([(digits[t - 1], t) for t in range(1, stop - start)], k, group)
@@ -86,25 +92,23 @@ class LinearValue(Value):
         for start in range(0, steps, most):
             stop = min(start + most, steps)
             exact, suffix = self._exact(start, stop), f"{start}" if start else ""
-            q = b.private(
-                f"{name}.q{suffix}",
-                (stop - start, len(self._weight)),
-                tensor.low,
-                tensor.high,
-                lambda get, f=exact: rounding_shift(f(get), places),
-            )
+
+            def quotient(get: Get, exact: Hint = exact) -> Values:
+                return rounding_shift(exact(get), places)
+
+            shape = (stop - start, len(self._weight))
+            q = b.private(f"{name}.q{suffix}", shape, tensor.low, tensor.high, quotient)
             b.check(q)
             terms = self._packed_terms(start, stop, 2 * k, m)
             digits = [(q[t], t, 1 << k) for t in range(stop - start)]
             if stop - start > 1:
-                rho = b.private(
-                    f"{name}.rho{suffix}",
-                    (stop - start - 1, len(self._weight)),
-                    -window,
-                    window - m,
-                    lambda get, f=exact, q=q: (m * f(get) - (get(q) << k))[1:],
-                )
-                b.check(rho)
+
+                def remainder(get: Get, exact: Hint = exact, q: Ids = q) -> Values:
+                    rest: Values = m * exact(get) - (get(q) << k)
+                    return rest[1:]
+
+                shape = (stop - start - 1, len(self._weight))
+                rho = b.check(b.private(f"{name}.rho{suffix}", shape, -window, window - m, remainder))
                 digits += [(rho[t - 1], t, 1) for t in range(1, stop - start)]
             low = [(ids, c << (2 * k * t)) for ids, t, c in digits if t < group]
             high = [(ids, c << (2 * k * (t - group))) for ids, t, c in digits if t >= group]

@@ -43,8 +43,9 @@ def norm(source: Value, node: Node, tensor: TensorType) -> Value:
         S = b.dot("td,td->t", xs, xs, (0, most))
 
         def one_hot(get: Get) -> Values:
-            exponent = sum((get(S) > t).astype(np.int64) for t in thresholds)
-            return (np.broadcast_to(exponent, (steps,))[:, None] == np.arange(choices)).astype(np.int64)
+            exponent = sum(((get(S) > t).astype(np.int64) for t in thresholds), np.zeros(steps, np.int64))
+            hot: Values = (exponent[:, None] == np.arange(choices)).astype(np.int64)
+            return hot
 
         e = b.relu(b.private(f"{name}.one_hot", (steps, choices), 0, 1, one_hot))
         window = 1 << b.logrows

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from circuits.gadgets.values import Accumulation, Combination, Computed, Summed, Value
 from circuits.cells import Ids
+from circuits.gadgets.values import Accumulation, Combination, Computed, Summed, Value
 from mamba_int.graph import Node, TensorType
 from mamba_int.operations.base import shifted
 

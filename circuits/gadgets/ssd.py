@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -153,12 +154,13 @@ class _Chunk:
         b, k, fA = self.b, self.a["decay_bits"], self.a["A_bits"]
         scale = 1 << (fA - k)
         carried = self.H is not None
-        scaled = b.mul(self.n, b.constant([1 << (b.logrows - k)])) if b.logrows - k >= 4 else None
+        multiplies = self.length > 1 and b.logrows - k >= 4
+        scaled = b.mul(self.n, b.constant([1 << (b.logrows - k)])) if multiplies else None
         for t in range(self.length):
             own = b.sub(
                 b.constant([1 << fA]), b.mul(self.n[t], b.constant([scale])) if scale > 1 else self.n[t]
             )
-            before = [s for s in range(t)]
+            before = list(range(t))
             if carried:
                 if t == 0:
                     self._A[0, -1] = b.mul(self.n[0], b.constant([scale])) if scale > 1 else self.n[0]
@@ -216,7 +218,7 @@ class _Chunk:
         return {pair: M[i] for i, pair in enumerate(self.pairs)}
 
     def outputs(self) -> list[Value]:
-        """y of each step before its shift, [H, P]: sum_s M x, the skip D x, and A_u u of the carried state."""
+        """y of each step before its shift, [H, P]: sum_s M x, skip D x, and A_u u of the carried state."""
         b, a = self.b, self.a
         D = self.node.constants["D"].astype(object) << a["D_align"]
         carried = self._carried() if self.H is not None else None
@@ -245,9 +247,7 @@ class _Chunk:
             bound = self.bounds.y
             accumulation = Accumulation(stacked, right, (0,), -bound, bound)
             tensor = TensorType((self.heads, self.P), -bound, bound)
-            result.append(
-                Summed(b, f"{self.name}.y{t}", tensor, lambda accumulation=accumulation: accumulation)
-            )
+            result.append(Summed(b, f"{self.name}.y{t}", tensor, partial(_same, accumulation)))
         return result
 
     def _carried(self) -> tuple[Ids, Ids]:
@@ -298,10 +298,9 @@ class _Chunk:
             narrow = TensorType(left.shape, -bound, bound)
             beta = product.shifted(f"{self.name}.beta", narrow, a["beta_shift"]).cells()
         with b.part(f"{self.node.name}.H"):
-            across = self._A[last, -1]
             turns = (
                 [
-                    self._turn(f"{self.name}.{name}", across, self.node.constants[key], fA, fR)
+                    self._turn(f"{self.name}.{name}", self._A[last, -1], self.node.constants[key], fA, fR)
                     for name, key in (("kappa", "cos_Q"), ("sigma", "sin_Q"))
                 ]
                 if self.H is not None
@@ -313,7 +312,8 @@ class _Chunk:
         """shift(A[Q-1,-1] * constants, fR), [H, N/2]."""
         b, shape = self.b, (self.heads, len(constants))
         left = np.broadcast_to(across[:, None], shape)[None]
-        bound = 1 << (fA + 1)
+        # ssd_bounds has checked that the turn amplifies nothing: its norm stays below 2^fA.
+        bound = 1 << fA
         values = constants.astype(object)
         total = Summed(
             b,
@@ -355,6 +355,10 @@ class _Chunk:
             lambda: Accumulation(np.stack(lefts), right, (0, 2), -reach, reach),
         )
         return total.shifted(f"{self.name}.H", TensorType(shape, -bound, bound), a["A_bits"]).cells()
+
+
+def _same(accumulation: Accumulation) -> Accumulation:
+    return accumulation
 
 
 def ssd(inputs: list[Value], node: Node, tensor: TensorType) -> Value:

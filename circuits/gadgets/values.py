@@ -9,10 +9,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
-from circuits.cells import Cells, Get, Ids, Values
+from circuits.cells import Cells, CircuitTooNarrow, Get, Ids, Values
 from mamba_int.graph import TensorType
 from mamba_int.operations.base import rounding_shift
 
@@ -90,18 +91,18 @@ class Value(ABC):
         return self.builder.relu(self.cells())
 
     def clamp(self, low: int, high: int) -> Ids:
-        """min(max(x, low), high), for low >= 0 or an x that fits the table together with its distance to low."""
+        """min(max(x, low), high)."""
         b = self.builder
-        if not b.fits(min(self.type.low, self.type.low - low), max(self.type.high, self.type.high - low)):
+        if not b.fits(self.type.low - low, self.type.high - low):
             return wide_clamp(self, low, high)
         above = b.relu(b.sub(self.cells(), b.constant([low]))) if low else self.relu()
-        return clamp_from_zero(b, above, self.cells(), self.type, low, high)
+        return clamp_from_zero(b, above, self.type, low, high)
 
 
-def clamp_from_zero(b: Cells, above: Ids, x: Ids, tensor: TensorType, low: int, high: int) -> Ids:
-    """From ``above`` = max(x - low, 0), the clamp to [low, high]: above - max(x - high, 0) + low."""
+def clamp_from_zero(b: Cells, above: Ids, tensor: TensorType, low: int, high: int) -> Ids:
+    """From a = ``above`` = max(x - low, 0), the clamp to [low, high]: a - max(a - (high - low), 0) + low."""
     if tensor.high > high:
-        over = b.relu(b.sub(x, b.constant([high])))
+        over = b.relu(b.sub(above, b.constant([high - low])))
         above = b.sub(above, over)
     return b.add(above, b.constant([low])) if low else above
 
@@ -206,10 +207,10 @@ class Shifted(Value):
         if fine < s:
             coarse = s - fine
             if coarse > k - 4:
-                raise ValueError(f"{self.name}: a shift by {s} needs more than two limbs at logrows {k}")
+                raise CircuitTooNarrow(f"{self.name} (a shift by {s})", 1 << (s // 2 + 3))
 
             def limb(get: Get) -> Values:
-                rest = exact(get) - ((get(q) + offset) << s) + (1 << (s - 1))
+                rest: Values = exact(get) - ((get(q) + offset) << s) + (1 << (s - 1))
                 return (rest >> fine) - (1 << (coarse - 1))
 
             half = 1 << (coarse - 1)
@@ -242,32 +243,12 @@ class Shifted(Value):
 
     def clamp(self, low: int, high: int) -> Ids:
         b = self.builder
-        if self._cells is not None or low == 0:
-            above = self.relu() if low == 0 else b.relu(b.sub(self.cells(), b.constant([low])))
-            return clamp_from_zero(b, above, self.cells(), self.type, low, high)
-        if not b.fits(self.type.low - low, self.type.high - low):
+        if self._cells is not None or low == 0 or not b.fits(self.type.low - low, self.type.high - low):
             return super().clamp(low, high)
         # Guess q - low instead of q: then the lookup of the clamp is its range check as well.
         with b.part(self.name):
             shifted = self._quotient(low)
-        above = b.relu(shifted)
-        if self.type.high > high:
-            above = b.sub(above, b.relu(b.sub(shifted, b.constant([high - low]))))
-        return b.add(above, b.constant([low]))
-
-
-class CircuitTooNarrow(Exception):
-    """A quotient does not fit the lookup table of this many rows: more rows are needed.
-
-    Attributes:
-        name: of the tensor.
-        magnitude: what the table would have to hold.
-    """
-
-    def __init__(self, name: str, magnitude: int) -> None:
-        super().__init__(f"'{name}' can reach {magnitude}")
-        self.name = name
-        self.magnitude = magnitude
+        return clamp_from_zero(b, b.relu(shifted), self.type, low, high)
 
 
 def check_range(b: Cells, ids: Ids, low: int, high: int) -> Ids:
@@ -296,8 +277,9 @@ def check_range(b: Cells, ids: Ids, low: int, high: int) -> Ids:
 def nonnegative(b: Cells, name: str, terms: list[tuple[Ids, int]], constant: int, high: int) -> None:
     """Prove sum_i coefficient_i terms_i + constant >= 0, for bounded integers and a sum at most ``high``.
 
-    The sum equals 2^(k-1) a + r with a >= 0 (through relu) and r in [0, 2^k - 9]; limbs are not unique,
-    but only decide nothing else. Bounds above 2^(2k-2) take two limbs of a.
+    The sum equals r + 2^(k-1) sum_i 2^(i (k-2)) a_i with every a_i >= 0 (through relu) and r in [0, 2^k - 9].
+    Limbs are not unique, but decide nothing else. Honest limbs but the highest have k - 2 bits: the table
+    ends 9 short of k - 1.
     """
     k = b.logrows
     coefficients = [c for _, c in terms]
@@ -309,17 +291,18 @@ def nonnegative(b: Cells, name: str, terms: list[tuple[Ids, int]], constant: int
 
     shape = terms[0][0].shape
     lefts, rights = [ids for ids, _ in terms], list(coefficients)
-    limbs = 1 if high < 1 << (2 * k - 2) else 2
-    if high >= 1 << (3 * k - 3):
-        raise ValueError(f"{name}: {high} needs more than three limbs at logrows {k}")
-    for i in range(limbs):
-        place = (k - 1) * (limbs - i)
+    places = [k - 1]
+    while high >> places[-1] > b.high:
+        places.append(places[-1] + k - 2)
+    for i, place in enumerate(places):
+        top = i == len(places) - 1
 
-        def limb(get: Get, place: int = place, last: bool = i == 0) -> Values:
-            value = np.maximum(total(get), 0) >> place
-            return value if last else value & ((1 << (k - 1)) - 1)
+        def limb(get: Get, place: int = place, top: bool = top) -> Values:
+            value: Values = np.maximum(total(get), 0) >> place
+            return value if top else value & ((1 << (k - 2)) - 1)
 
-        a = b.relu(b.private(f"{name}.limb{i}", shape, 0, (1 << (k - 1)) - 9, limb))
+        most = high >> place if top else (1 << (k - 2)) - 1
+        a = b.relu(b.private(f"{name}.limb{i}", shape, 0, most, limb))
         lefts.append(a)
         rights.append(-(1 << place))
     if constant - (1 << (k - 1)):
@@ -339,11 +322,12 @@ def wide_clamp(value: Value, low: int, high: int) -> Ids:
     """The clamp of an x beyond the table: y in low..high with x = y + over - under, over, under >= 0,
     over (high - y) = 0 and under (y - low) = 0.
 
-    over and under are two checked limbs each. Everything is a bounded integer, and 2^k times an integer is
-    in the table only if it is zero: that is how the three equations are enforced.
+    over and under are two checked limbs each, of k - 2 bits so that the lookup table, which ends 9 short of
+    k - 1, holds them. Everything is a bounded integer, and 2^k times an integer is in the table only if it is
+    zero: that is how the three equations are enforced.
     """
     b, x, tensor = value.builder, value.cells(), value.type
-    half = 1 << (b.logrows - 1)
+    zero_or_out, limb_size = 1 << b.logrows, 1 << (b.logrows - 2)
     y = b.private(f"{value.name}.clamped", x.shape, low, high, lambda get: np.clip(get(x), low, high))
     check_range(b, y, low, high)
     parts = [(x, 1), (y, -1)]
@@ -353,22 +337,21 @@ def wide_clamp(value: Value, low: int, high: int) -> Ids:
     ):
         if reach <= 0:
             continue
-        if reach >= half * half:
-            raise CircuitTooNarrow(value.name, reach)
 
         def limb(get: Get, which: int, sign: int = sign, end: int = end) -> Values:
             excess = np.maximum(sign * (get(x) - end), 0)
-            return excess // half if which else excess % half
+            part: Values = excess // limb_size if which else excess % limb_size
+            return part
 
-        coarse = b.relu(
-            b.private(f"{value.name}.{name}1", x.shape, 0, reach // half, lambda get, f=limb: f(get, 1))
+        coarse, fine = (
+            b.relu(b.private(f"{value.name}.{name}{i}", x.shape, 0, most, partial(limb, which=i)))
+            for i, most in ((1, reach // limb_size), (0, limb_size - 1))
         )
-        fine = b.relu(b.private(f"{value.name}.{name}0", x.shape, 0, half - 9, lambda get, f=limb: f(get, 0)))
-        excess = b.add(b.mul(coarse, b.constant([half])), fine)
-        gap = b.mul(b.sub(y, b.constant([end])), b.constant([2 * half]))
+        excess = b.add(b.mul(coarse, b.constant([limb_size])), fine)
+        gap = b.mul(b.sub(y, b.constant([end])), b.constant([zero_or_out]))
         b.check(b.mul(excess, gap, bounds=(0, 0)))
         parts.append((excess, -sign))
     letters = LETTERS[: x.ndim]
-    coefficients = b.constant(np.array([c * 2 * half for _, c in parts], dtype=object))
+    coefficients = b.constant(np.array([c * zero_or_out for _, c in parts], dtype=object))
     b.check(b.dot(f"k{letters},k->{letters}", np.stack([ids for ids, _ in parts]), coefficients, (0, 0)))
     return y

@@ -33,7 +33,11 @@ class _Binary(Operation):
             other = inputs[1]
         x = inputs[0]
         corners = [int(self.combine(a, b)) for a in (x.low, x.high) for b in (other.low, other.high)]
-        return TensorType(x.shape, min(corners), max(corners))
+        return self.bounded(node, x, min(corners), max(corners))
+
+    def bounded(self, node: Node, x: TensorType, low: int, high: int) -> TensorType:
+        """The result's type, from the interval that independent operands would give."""
+        return TensorType(x.shape, low, high)
 
     def evaluate(self, node: Node, inputs: Sequence[IntArray], record: Record) -> IntArray:
         result: IntArray = self.combine(inputs[0], inputs[1] if len(inputs) == 2 else node.constants["value"])
@@ -66,6 +70,13 @@ class Mul(_Binary):
     """x * y."""
 
     name = "mul"
+
+    def bounded(self, node: Node, x: TensorType, low: int, high: int) -> TensorType:
+        if len(node.inputs) == 2 and node.inputs[0] == node.inputs[1]:
+            # A square is never negative, and at least the square of the end nearest to zero.
+            nearest = 0 if x.low <= 0 <= x.high else min(abs(x.low), abs(x.high))
+            return TensorType(x.shape, nearest**2, x.magnitude**2)
+        return TensorType(x.shape, low, high)
 
     def combine(self, a: Any, b: Any) -> Any:
         return a * b

@@ -1,4 +1,4 @@
-"""Whether backends compute the integers of the specification: counted on every intermediate, never 'close'."""
+"""Whether backends compute the integers of the specification: counted on every tensor, never 'close'."""
 
 from __future__ import annotations
 

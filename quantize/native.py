@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from mamba_int.config import MambaIntConfig
 from mamba_int.errors import MambaintError
 from mamba_int.files import read_bytes
@@ -105,18 +103,14 @@ def _card(checkpoint: Checkpoint, sha256: str, logits_frac: int) -> dict[str, An
         consistent = len(classes) == config.n_classes and len(data.feature_offset) == config.n_features
         if not consistent:
             raise MambaintError("the checkpoint's data does not fit its configuration", _REMEDY)
-        standardized = bool(
-            np.any(np.array(data.feature_offset)) or np.any(np.array(data.feature_scale) != 1)
-        )
-        kind = "real features, standardized to integers" if standardized else "integer features"
-        shape = [config.seq_len, config.n_features]
+        shape = f"{config.seq_len} steps of {config.n_features} features"
     else:
-        kind, shape = "token ids", [config.seq_len]
+        shape = f"{config.seq_len} token ids"
     return {
         "task": config.task,
         "classes": classes,
         "input": {
-            "description": f"{kind}: {' x '.join(map(str, shape))}",
+            "description": shape,
             "low": config.input_low if config.task == "classification" else 0,
             "high": config.input_high if config.task == "classification" else config.vocab_size - 1,
             "feature_offset": list(data.feature_offset),

@@ -1,0 +1,160 @@
+"""What a graph does on the test split, by the NumPy interpreter: quality, observed ranges, saturation."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mamba_int.errors import MambaintError
+from mamba_int.graph import Graph, IntArray
+from mamba_int.interpreter import check_input, evaluate
+
+if TYPE_CHECKING:
+    from mamba_int.datasets import ClassificationData, TextData
+
+SEQUENCES = 64
+TOKENS = 1024
+"""A batch of classification; the tokens of a batch of text."""
+LARGEST_TEXT = 1 << 17
+"""Tokens of a longer test text are read in windows spread evenly over it."""
+
+
+@dataclass
+class Observed:
+    """What a tensor was seen to hold.
+
+    Attributes:
+        low, high: smallest and largest integer.
+        values: how many there were.
+        saturated: of a clamp: how many were at one of its ends.
+    """
+
+    low: int
+    high: int
+    values: int = 0
+    saturated: int = 0
+
+
+@dataclass
+class Measurement:
+    """A graph on the test split.
+
+    Attributes:
+        metric: ``accuracy`` or ``bits_per_byte``. value: its value.
+        examples: sequences, or tokens of text, that it was measured on.
+        confusion: [class][predicted class] counts; empty for text.
+        observed: by node name.
+    """
+
+    metric: str
+    value: float
+    examples: int
+    confusion: list[list[int]]
+    observed: dict[str, Observed] = field(default_factory=dict)
+
+
+def measure(graph: Graph, data: ClassificationData | TextData, window: int) -> Measurement:
+    """Run the test split.
+
+    Args:
+        graph: the model.
+        data: its data.
+        window: text: tokens per window, as in training.
+
+    Raises:
+        MambaintError: if the data does not fit the model.
+    """
+    if graph.card["task"] == "classification":
+        return _measure_classes(graph, data)
+    return _measure_text(graph, data, window)
+
+
+def sample_inputs(graph: Graph, data: ClassificationData | TextData, classes: int, texts: int) -> IntArray:
+    """Inputs of ``graph.seq_len`` steps for comparing backends, spread evenly over the test split.
+
+    Args:
+        graph: the model. data: its data.
+        classes: at most that many sequences of a classification. texts: at most that many windows of a text.
+
+    Returns:
+        int64 [n, T, ...]; the whole split if it is no longer than asked for.
+    """
+    if graph.card["task"] == "classification":
+        inputs: IntArray = _split(data, "test_inputs")
+        limit = classes
+    else:
+        text = _split(data, "test")
+        count = len(text) // graph.seq_len
+        if not count:
+            raise MambaintError(
+                f"the test split has {len(text)} tokens, one window has {graph.seq_len}", "give a longer text"
+            )
+        inputs, limit = text[: count * graph.seq_len].reshape(count, graph.seq_len), texts
+    rows = np.arange(min(len(inputs), limit)) * len(inputs) // min(len(inputs), limit)
+    return check_input(graph, inputs[rows])
+
+
+def _split(data: Any, name: str) -> IntArray:
+    if not hasattr(data, name):
+        raise MambaintError("the data is of another kind than the model's", "give the data of its training")
+    values: IntArray = getattr(data, name).numpy().astype(np.int64)
+    return values
+
+
+def _observe(graph: Graph, inputs: IntArray, observed: dict[str, Observed]) -> IntArray:
+    trace: dict[str, IntArray] = {}
+    logits = evaluate(graph, inputs, trace)
+    for node in graph.nodes:
+        values = trace[node.name]
+        low, high = int(values.min()), int(values.max())
+        seen = observed.setdefault(node.name, Observed(low, high))
+        seen.low, seen.high = min(seen.low, low), max(seen.high, high)
+        seen.values += values.size
+        if node.op == "clamp":
+            ends = (values == node.integer("low")) | (values == node.integer("high"))
+            seen.saturated += int(np.count_nonzero(ends))
+    return logits
+
+
+def _measure_classes(graph: Graph, data: Any) -> Measurement:
+    inputs, labels = _split(data, "test_inputs"), _split(data, "test_labels")
+    classes = graph.types[graph.output].shape[-1]
+    confusion = np.zeros((classes, classes), np.int64)
+    observed: dict[str, Observed] = {}
+    for start in range(0, len(labels), SEQUENCES):
+        batch = check_input(graph, inputs[start : start + SEQUENCES])
+        predicted = _observe(graph, batch, observed).argmax(-1)
+        np.add.at(confusion, (labels[start : start + SEQUENCES], predicted), 1)
+    accuracy = int(np.trace(confusion)) / len(labels)
+    return Measurement("accuracy", accuracy, len(labels), confusion.tolist(), observed)
+
+
+def _measure_text(graph: Graph, data: Any, window: int) -> Measurement:
+    text = _split(data, "test")
+    window = min(window, len(text) - 1)
+    if window < 1:
+        raise MambaintError(f"the test split has {len(text)} tokens", "give a longer text")
+    starts = np.arange((len(text) - 1) // window) * window
+    kept = max(1, LARGEST_TEXT // window)
+    if len(starts) > kept:
+        starts = starts[np.arange(kept) * len(starts) // kept]
+    observed: dict[str, Observed] = {}
+    scale = 2.0 ** -graph.by_name[graph.output].frac
+    loss, size = 0.0, max(1, TOKENS // window)
+    for first in range(0, len(starts), size):
+        windows = text[starts[first : first + size, None] + np.arange(window + 1)]
+        logits = _observe(graph, check_input(graph, windows[:, :-1]), observed)
+        loss += _cross_entropy(logits * scale, windows[:, 1:])
+    tokens = len(starts) * window
+    return Measurement("bits_per_byte", loss / tokens / math.log(2), tokens, [], observed)
+
+
+def _cross_entropy(logits: NDArray[np.floating[Any]], targets: IntArray) -> float:
+    """Sum over all positions, in nats."""
+    shifted = logits - logits.max(-1, keepdims=True)
+    chosen = np.take_along_axis(shifted, targets[..., None], -1)[..., 0]
+    return float((np.log(np.exp(shifted).sum(-1)) - chosen).sum())

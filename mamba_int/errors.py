@@ -18,3 +18,7 @@ class MambaintError(Exception):
         super().__init__(f"{cause}; {remedy}")
         self.cause = cause
         self.remedy = remedy
+
+    def __reduce__(self) -> tuple[type[MambaintError], tuple[str, str]]:
+        """Pickle both parts, so that the error survives the way out of a worker process."""
+        return type(self), (self.cause, self.remedy)

@@ -157,7 +157,8 @@ def resolve(
     training = dict(base.get("training", {}))
     if own_data:
         # Shifting by a pixel is right for the preset's images and wrong for most other sequences.
-        training.pop("shift_augmentation", None)
+        for key in ("shift_augmentation", "noise_augmentation", "train_on_validation"):
+            training.pop(key, None)
     if "epochs" in overrides:
         if "steps" in overrides:
             raise MambaintError(f"{config_path}: [training] has both steps and epochs", "remove one of them")

@@ -20,7 +20,6 @@ from mamba_int.native import (
     NativeNodes,
     activation_names,
     build_nodes,
-    chunked,
     weight_names,
 )
 from triton_kernels.clamp import saturate
@@ -112,7 +111,8 @@ class MambaInt(nn.Module):
 
     def parameter(self, name: str) -> Tensor:
         """The latent real parameter ``node.constant``."""
-        return self.latent[name.replace(".", "/")]
+        parameter: Tensor = self.latent[name.replace(".", "/")]
+        return parameter
 
     @property
     def exact(self) -> bool:
@@ -130,7 +130,7 @@ class MambaInt(nn.Module):
         return dict(zip(names, self.fracs.tolist(), strict=True))
 
     def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
-        """AdamW groups: matrices, and everything small, at the same rate (a lower one for the latter costs)."""
+        """AdamW groups: matrices, and the small rest, at the same rate (a lower one for the rest costs)."""
         matrices = [p for p in self.parameters() if p.dim() >= 2]
         small = [p for p in self.parameters() if p.dim() < 2]
         return [{"params": matrices, "lr": learning_rate}, {"params": small, "lr": learning_rate}]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from mamba_int.graph import Graph
+from mamba_int.graph import Graph, Node, TensorType
 
 Pass = Callable[[Graph], Graph]
 
@@ -26,21 +26,22 @@ def _rewired(graph: Graph, alias: dict[str, str]) -> Graph:
     return replace(graph, nodes=tuple(nodes), output=resolve(graph.output))
 
 
+def _changes_nothing(node: Node, source: TensorType) -> bool:
+    if node.op == "clamp":
+        return node.integer("low") <= source.low and source.high <= node.integer("high")
+    if node.op == "relu":
+        return source.low >= 0
+    return node.op == "shift" and node.integer("places") == 0
+
+
 def eliminate_identities(graph: Graph) -> Graph:
     """Remove clamps whose argument is proven inside their range, relus of what is never negative, and
     shifts by nothing."""
-    alias: dict[str, str] = {}
-    for node in graph.nodes:
-        if node.op not in ("clamp", "relu", "shift"):
-            continue
-        source = graph.types[node.inputs[0]]
-        inside = {
-            "clamp": lambda n, s: n.integer("low") <= s.low and s.high <= n.integer("high"),
-            "relu": lambda n, s: s.low >= 0,
-            "shift": lambda n, s: n.integer("places") == 0,
-        }[node.op]
-        if inside(node, source):
-            alias[node.name] = node.inputs[0]
+    alias = {
+        node.name: node.inputs[0]
+        for node in graph.nodes
+        if node.inputs and _changes_nothing(node, graph.types[node.inputs[0]])
+    }
     return _rewired(graph, alias)
 
 

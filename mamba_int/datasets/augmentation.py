@@ -26,3 +26,16 @@ def shift_sequences(inputs: Tensor, reach: int, generator: torch.Generator) -> T
     padded = torch.nn.functional.pad(inputs, (reach, reach, reach, reach))
     sample = torch.arange(n, device=inputs.device)
     return padded[sample[:, None, None], from_step[:, :, None], from_channel[:, None, :]]
+
+
+def jitter_values(inputs: Tensor, reach: int, low: int, high: int, generator: torch.Generator) -> Tensor:
+    """Add a random integer in -reach..reach to every non-zero value, and clamp to low..high.
+
+    Args:
+        inputs: integers [n, T, C], any device. reach: 0 returns ``inputs``.
+        generator: CPU source of the noise, so that it is the same on every device.
+    """
+    if reach == 0:
+        return inputs
+    noise = torch.randint(-reach, reach + 1, inputs.shape, generator=generator).to(inputs.device)
+    return (inputs + noise * (inputs != 0)).clamp(low, high)

@@ -154,7 +154,7 @@ class Ssd(Operation):
         x, B_hat, C_hat, n = inputs[:4]
         k, fA, P = (node.integer(name) for name in ("decay_bits", "A_bits", "headdim"))
         batch, length, channels = x.shape
-        heads, state = n.shape[-1], B_hat.shape[-1]
+        heads = n.shape[-1]
         Q = min(node.integer("chunk_size"), length)
         chunks = -(-length // Q)
 
@@ -182,7 +182,8 @@ class Ssd(Operation):
         y = y + (X * D[:, None] << node.integer("D_align"))
         if chunks > 1:
             y = y + self._carry(node, A, X, Ch, chunked(inputs[4]), record)
-        return y.reshape(batch, chunks * Q, channels)[:, :length]
+        whole: IntArray = y.reshape(batch, chunks * Q, channels)
+        return whole[:, :length]
 
     @staticmethod
     def _carry(node: Node, A: IntArray, X: IntArray, Ch: IntArray, Bn: IntArray, record: Record) -> IntArray:

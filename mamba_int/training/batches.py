@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mamba_int.datasets import ClassificationData, TextData, shift_sequences
+from mamba_int.datasets import ClassificationData, TextData, jitter_values, shift_sequences
 from mamba_int.errors import MambaintError
 from mamba_int.training.config import TrainingConfig
 
@@ -53,8 +53,14 @@ class ClassificationBatches:
                 f"shift_augmentation fills with 0, outside the inputs {data.input_low}..{data.input_high}",
                 "set shift_augmentation = 0",
             )
-        self._inputs = data.train_inputs.to(device)
-        self._labels = data.train_labels.to(device)
+        inputs, labels = data.train_inputs, data.train_labels
+        if config.train_on_validation:
+            inputs = torch.cat([inputs, data.validation_inputs])
+            labels = torch.cat([labels, data.validation_labels])
+        self._inputs = inputs.to(device)
+        self._labels = labels.to(device)
+        self._noise = config.noise_augmentation
+        self._domain = data.input_low, data.input_high
         self._seed = config.seed
         self._reach = config.shift_augmentation
         self._batch = min(config.batch_size, len(self._labels))
@@ -68,12 +74,14 @@ class ClassificationBatches:
         return torch.randperm(len(self._labels), generator=generator).to(self._labels.device)
 
     def at(self, step: int) -> tuple[Tensor, Tensor]:
-        """int64 [batch, T, C] inputs, shifted if so configured, and int64 [batch] labels."""
+        """int64 [batch, T, C] inputs, augmented as configured, and int64 [batch] labels."""
         epoch, position = divmod(step, self.steps_per_epoch)
         rows = self._order(epoch)[position * self._batch : (position + 1) * self._batch]
         inputs = self._inputs[rows]
         if self._reach:
             inputs = shift_sequences(inputs, self._reach, _generator(self._seed, 1, step))
+        if self._noise:
+            inputs = jitter_values(inputs, self._noise, *self._domain, _generator(self._seed, 2, step))
         return inputs, self._labels[rows]
 
     def calibration(self) -> Tensor:

@@ -28,6 +28,9 @@ class TrainingConfig:
         freeze_at: fraction of training after which the activation scales are frozen.
         label_smoothing: of the cross entropy.
         shift_augmentation: classification: reach of random shifts in step and feature.
+        noise_augmentation: classification: non-zero inputs move by a random integer up to this, clamped.
+        train_on_validation: classification: train on the validation split too and keep the last weights:
+            for a recipe whose choices have been made.
         average_from: fraction of training from which the weights are averaged uniformly, and the
             average instead of the last weights is validated and kept; 0 for never.
         seed: of initial weights, order of the data and augmentation.
@@ -55,6 +58,8 @@ class TrainingConfig:
     freeze_at: float = 0.5
     label_smoothing: float = 0.0
     shift_augmentation: int = 0
+    noise_augmentation: int = 0
+    train_on_validation: bool = False
     average_from: float = 0.0
     seed: int = 0
     validate_every: int = 0
@@ -76,7 +81,9 @@ class TrainingConfig:
             "checkpoint_every",
         ):
             need(getattr(self, key) >= 1, key, "give a positive integer")
-        for key in ("steps", "epochs", "warmup_steps", "shift_augmentation", "validate_every", "threads"):
+        for key in ("steps", "epochs", "warmup_steps", "validate_every", "threads"):
+            need(getattr(self, key) >= 0, key, "give 0 or more")
+        for key in ("shift_augmentation", "noise_augmentation"):
             need(getattr(self, key) >= 0, key, "give 0 or more")
         need(self.steps > 0 or self.epochs > 0, "epochs", "give steps or epochs above 0")
         need(0 <= self.seed < 2**63, "seed", "give an integer from 0 to 2^63 - 1")

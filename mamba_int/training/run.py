@@ -220,7 +220,17 @@ class TrainingRun:
         )
 
     def validate(self, last: bool) -> None:
-        """Score the validation split; keep the weights if they are the best with frozen scales."""
+        """Score the validation split; keep the weights if they are the best with frozen scales.
+
+        A run that trains on that split scores nothing and keeps its last weights.
+        """
+        if self.config.train_on_validation:
+            if last:
+                with self.averaged_weights():
+                    for name in (CHECKPOINT_FILE, LAST_FILE):
+                        self.write_checkpoint(name, {"step": self.progress.step})
+                self.progress.best = (0.0, 0.0, self.progress.step)
+            return
         with self.averaged_weights():
             self.validation = self.score("validation", self.config.validation_tokens)
             results = {f"validation_{self.metric_name}": self.validation.metric, "step": self.progress.step}
@@ -236,11 +246,11 @@ class TrainingRun:
         best = self.progress.best
         return Score(best[0], best[1], self.metric_name == "accuracy") if best else None
 
-    def test(self) -> tuple[float, float, int]:
+    def test(self) -> tuple[float, float | None, int]:
         """Test the kept checkpoint and write the results into it.
 
         Returns:
-            Test metric, validation metric, and the step of the checkpoint.
+            Test metric, validation metric (None if that split was trained on), and the checkpoint's step.
         """
         if not self.progress.best:
             # The checkpoint of a finished run was deleted: its last weights take its place.
@@ -249,12 +259,10 @@ class TrainingRun:
         kept = load_checkpoint(path)
         self.model.load_state_dict(kept.model_state)
         metric = self.score("test").metric
-        validation = kept.results[f"validation_{self.metric_name}"]
+        validation = kept.results.get(f"validation_{self.metric_name}")
         step = int(kept.results["step"])
-        results = {
+        results = kept.results | {
             f"test_{self.metric_name}": metric,
-            f"validation_{self.metric_name}": validation,
-            "step": step,
             "train_seconds": round(self.progress.seconds, 3),
         }
         # The integers are copied, not computed anew: they are the model.

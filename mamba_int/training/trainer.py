@@ -56,7 +56,8 @@ class TrainingResult:
     """What a finished training achieved.
 
     Attributes:
-        test_metric, validation_metric: accuracy, or bits per byte, of the kept checkpoint.
+        test_metric, validation_metric: accuracy, or bits per byte, of the kept checkpoint; None if the
+            validation split was trained on.
         metric_name: ``accuracy`` or ``bits_per_byte``.
         train_seconds: wall time of training, over all sittings.
         checkpoint: the best checkpoint after the scales were frozen.
@@ -68,7 +69,7 @@ class TrainingResult:
     """
 
     test_metric: float
-    validation_metric: float
+    validation_metric: float | None
     metric_name: str
     train_seconds: float
     checkpoint: Path

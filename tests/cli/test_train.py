@@ -17,7 +17,7 @@ from cli.main import main
 from mamba_int.training import load_checkpoint
 from mamba_int.training.metrics import read_metrics
 
-TINY = "[model]\nd_model = 16\nd_state = 4\n[training]\nbatch_size = 8\nwarmup_steps = 2\n"
+TINY = "[model]\nd_model = 16\nheaddim = 8\nd_state = 4\n[training]\nbatch_size = 8\nwarmup_steps = 2\n"
 
 
 @pytest.fixture

@@ -36,9 +36,9 @@ def test_every_preset_fits_its_own_data(name: str) -> None:
 
 
 def test_file_overrides_preset_key_by_key_and_options_override_the_file(tmp_path: Path) -> None:
-    path = toml(tmp_path, "[model]\nd_model = 48\n[training]\nepochs = 2\nseed = 5\n")
+    path = toml(tmp_path, "[model]\nd_model = 64\n[training]\nepochs = 2\nseed = 5\n")
     experiment = resolve("digits", path)
-    assert experiment.model["d_model"] == 48 and experiment.model["headdim"] == 16
+    assert experiment.model["d_model"] == 64 and experiment.model["headdim"] == 16
     assert (experiment.training.epochs, experiment.training.seed) == (2, 5)
     assert experiment.training.shift_augmentation == 1
     experiment = resolve("digits", path, seed=7, steps=11)

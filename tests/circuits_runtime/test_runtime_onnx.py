@@ -1,0 +1,187 @@
+"""NumPy = PyTorch = ONNX Runtime on every intermediate, and what would break that."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, numpy_helper
+
+from circuits.runtime import OnnxRunner, runtime_onnx
+from circuits.runtime.operations import LOWERINGS
+from mamba_int.errors import MambaintError
+from mamba_int.graph import Graph, IntArray, Node
+from mamba_int.interpreter import evaluate
+from mamba_int.operations import OPERATIONS
+from quantize.equality import Equality, compare, torch_tracer
+from tests.circuits_runtime.models import features, graph_of, random_graph
+
+
+def compare_all(graph: Graph, inputs: IntArray, traced: bytes | None = None) -> Equality:
+    """PyTorch and ONNX Runtime against the specification."""
+    runner = OnnxRunner(traced if traced is not None else graph)
+
+    def trace_onnx(batch: IntArray) -> dict[str, IntArray]:
+        trace: dict[str, IntArray] = {}
+        runner(batch, trace)
+        return trace
+
+    tracers = {"torch": torch_tracer(graph), "onnx": trace_onnx}
+    return compare(graph, inputs, tracers, {"logits": OnnxRunner(runtime_onnx(graph))})
+
+
+FORMS: list[dict[str, Any]] = [
+    {},
+    {"gate": "algebraic", "activation": "squareplus", "rotation": "shear"},
+    {"gate": "hard_sigmoid", "rotation": "none", "pooling": "last", "activate_BC": True},
+    {"weights": "int8", "gate": "algebraic", "pooling": "last", "final_norm": False},
+    {"weights": "int8", "gate": "hard_sigmoid", "conv_bias": False},
+    {"input_weights": "ternary", "final_norm": False, "input_low": -127, "input_high": 127},
+    {"seq_len": 1},
+    {"seq_len": 1, "chunk_size": 1, "rotation": "shear"},
+    {"seq_len": 7, "d_conv": 1},
+    {"seq_len": 24, "rotation": "shear"},
+    {"seq_len": 29, "n_layer": 2, "rotation": "none"},
+    {"seq_len": 17, "n_layer": 2, "gate": "algebraic", "weights": "int8"},
+    {"seq_len": 9, "chunk_size": 2, "d_conv": 12},
+    {"task": "language_model", "vocab_size": 11, "seq_len": 5},
+    {"task": "language_model", "vocab_size": 11, "seq_len": 27, "rotation": "shear", "activate_BC": True},
+    {"task": "language_model", "vocab_size": 11, "seq_len": 16, "final_norm": False, "n_layer": 2},
+]
+
+
+@pytest.mark.parametrize("forms", FORMS, ids=lambda forms: "-".join(map(str, forms.values())) or "default")
+@pytest.mark.parametrize("seed", [0, 1])
+def test_every_intermediate_is_equal(forms: dict[str, Any], seed: int) -> None:
+    graph, inputs = random_graph(seed, **forms)
+    equality = compare_all(graph, inputs)
+    assert equality.first is None
+    assert equality.equal and equality.inputs == len(inputs)
+    inside = {"A", "G", "M"}
+    if graph.seq_len > int(graph.by_name["layer0.ssd"].attributes["chunk_size"]):
+        inside |= {"beta", "kappa", "sigma", "H", "u", "A_u"}
+    named = {
+        f"layer{i}.ssd.{name}" for i in range(2 if "layer1.ssd" in graph.by_name else 1) for name in inside
+    }
+    named |= {f"layer0.norm_wide.{name}" for name in ("xs", "squares", "exponent")}
+    trace: dict[str, IntArray] = {}
+    OnnxRunner(graph)(inputs, trace)
+    assert named | set(graph.by_name) <= set(trace)
+
+
+def test_no_operation_of_the_graph_lacks_a_lowering() -> None:
+    assert set(LOWERINGS) == set(OPERATIONS)
+
+
+@pytest.mark.parametrize("places", [*range(-4, 9), 24])
+def test_shift_rounds_negative_halves_up_like_the_specification(places: int) -> None:
+    graph = graph_of(features(-127, 127, 255), Node("y", "shift", ("input",), {"places": places}))
+    assert compare_all(graph, np.arange(-127, 128).reshape(1, 1, 255)).first is None
+
+
+def test_shift_of_53_bits_runs_in_int64() -> None:
+    square = Node("square", "mul", ("input", "input"))
+    huge = Node("huge", "mul", ("square",), constants={"value": np.array(-(1 << 37) + 1)})
+    nodes = [features(-127, 127, 255), square, huge]
+    nodes += [Node(f"y{k}", "shift", ("huge",), {"places": k}) for k in (1, 31, 32, 40)]
+    graph = graph_of(*nodes)
+    assert graph.max_bits > 50
+    assert compare_all(graph, np.arange(-127, 128).reshape(1, 1, 255)).first is None
+    assert onnx.load_from_string(runtime_onnx(graph)).graph.output[0].type.tensor_type.elem_type == (
+        TensorProto.INT64
+    )
+
+
+def test_div_floors_negative_quotients() -> None:
+    values = np.stack(np.meshgrid(np.arange(-20, 21), np.arange(1, 41)), -1).reshape(-1, 1, 2)
+    values[:, :, 1] -= 20
+    graph = graph_of(
+        features(-20, 20, 2),
+        Node("x", "slice", ("input",), {"start": 0, "stop": 1}),
+        Node("d_minus_20", "slice", ("input",), {"start": 1, "stop": 2}),
+        Node("d", "add", ("d_minus_20",), constants={"value": np.array(21)}),
+        Node("y", "div", ("x", "d")),
+    )
+    assert compare_all(graph, values).first is None
+    assert OnnxRunner(graph)(np.array([[[-1, 0]]])).item() == -1
+
+
+@pytest.mark.parametrize("offset", [-1, 0, 1])
+@pytest.mark.parametrize("factor", [1, 12345])
+def test_isqrt_is_exact_beside_perfect_squares(offset: int, factor: int) -> None:
+    # factor 12345 makes roots beyond 2^20, where the whole graph runs in int64
+    graph = graph_of(
+        features(1, 127, 127),
+        Node("root", "mul", ("input",), constants={"value": np.array(factor)}),
+        Node("square", "mul", ("root", "root")),
+        Node("x", "add", ("square",), constants={"value": np.array(offset)}),
+        Node("y", "isqrt", ("x",)),
+    )
+    inputs = np.arange(1, 128).reshape(1, 1, 127)
+    assert compare_all(graph, inputs).first is None
+    assert (OnnxRunner(graph)(inputs) == inputs * factor - (offset < 0)).all()
+
+
+@pytest.mark.parametrize(("largest", "kind"), [(1, "MatMulInteger"), (64, "MatMulInteger"), (65, "MatMul")])
+def test_weights_that_saturate_an_int8_kernel_without_vnni_stay_out_of_it(largest: int, kind: str) -> None:
+    weight = np.full((3, 16), largest)
+    graph = graph_of(features(-127, 127, 16), Node("y", "linear", ("input",), constants={"weight": weight}))
+    model = onnx.load_from_string(runtime_onnx(graph))
+    assert kind in [node.op_type for node in model.graph.node]
+    inputs = np.stack([np.full((1, 16), 127), np.full((1, 16), -127)])
+    assert compare_all(graph, inputs).first is None
+
+
+def test_activations_beyond_int8_are_not_wrapped_into_it() -> None:
+    wide = Node("wide", "add", ("input",), constants={"value": np.array(1)})
+    linear = Node("y", "linear", ("wide",), constants={"weight": np.ones((1, 2), np.int64)})
+    graph = graph_of(features(0, 127, 2), wide, linear)
+    assert OnnxRunner(graph)(np.array([[[127, 127]]])).item() == 256
+
+
+def test_equal_constants_of_one_graph_are_stored_once_and_bytes_repeat() -> None:
+    graph, _ = random_graph(n_layer=2)
+    content = runtime_onnx(graph)
+    assert content == runtime_onnx(graph)
+    model = onnx.load_from_string(content)
+    onnx.checker.check_model(model, full_check=True)
+    raw = [(t.data_type, tuple(t.dims), t.raw_data) for t in model.graph.initializer]
+    assert len(raw) == len(set(raw))
+    assert {p.key: p.value for p in model.metadata_props}["model_id"] == graph.model_id
+
+
+def test_batch_size_is_free_and_length_is_not() -> None:
+    graph, inputs = random_graph(seq_len=11)
+    runner = OnnxRunner(runtime_onnx(graph))
+    expected = evaluate(graph, inputs)
+    assert all((runner(inputs[:n]) == expected[:n]).all() for n in (1, 5, 8))
+    with pytest.raises(MambaintError, match="give an input of shape"):
+        runner(inputs[:, :10])
+
+
+def test_bytes_that_are_no_model_are_refused() -> None:
+    with pytest.raises(MambaintError, match="cannot load the model"):
+        OnnxRunner(b"not a model")(np.zeros((1, 8, 3), np.int64))
+
+
+LINEAR = ("embed", "layer0.in_proj", "layer0.out_proj", "logits")
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_one_weight_changed_by_one_in_the_onnx_file_is_reported(name: str) -> None:
+    """Negative control of the comparison that the whole project rests on."""
+    graph, inputs = random_graph(seq_len=17)
+    model = onnx.load_from_string(runtime_onnx(graph, trace=True))
+    assert compare_all(graph, inputs, model.SerializeToString()).equal
+    weight = graph.by_name[name].constants["weight"].T
+    for initializer in model.graph.initializer:
+        array = numpy_helper.to_array(initializer).copy()
+        if array.shape == weight.shape and (array == weight).all():
+            array[-1, -1] += 1
+            initializer.CopyFrom(numpy_helper.from_array(array, initializer.name))
+            break
+    equality = compare_all(graph, inputs, model.SerializeToString())
+    assert not equality.equal and 0 < equality.mismatches < equality.values
+    assert equality.first == ("onnx", name)

@@ -1,0 +1,158 @@
+"""What ``setup``, ``prove`` and ``demo`` share: from a model file to its circuit, keys and verifier package."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from circuits.circuit import Witness
+    from circuits.lowering import LoweredCircuit
+    from mamba_int.graph import Graph, IntArray
+    from zk.keys import Keys
+
+DEVELOPMENT_NOTE = (
+    "note: development SRS, made on this machine. Whoever generated it could forge proofs; "
+    "use --srs with a ceremony file for anything that matters."
+)
+
+
+def proving_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that decide which circuit and which keys are meant; the same for setup and prove."""
+    options = (
+        click.option(
+            "--model", type=click.Path(path_type=Path), help="Quantized model [default: that of the newest run]."
+        ),
+        click.option("--public-input", is_flag=True, help="Show the input in the proof instead of hiding it."),
+        click.option(
+            "--srs",
+            "srs_path",
+            type=click.Path(path_type=Path),
+            metavar="FILE",
+            help="SRS of a ceremony [default: one made here, for development only].",
+        ),
+        click.option("--srs-sha256", metavar="HEX", help="SHA-256 the ceremony file must have."),
+    )
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+@contextmanager
+def activity(to_stderr: bool) -> Iterator[Callable[[str], None]]:
+    """A live line that says what is being done, where there is a terminal to draw it on."""
+    if not (sys.stderr if to_stderr else sys.stdout).isatty():
+        yield lambda _: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=to_stderr), transient=True) as bar:
+        task = bar.add_task("starting", total=None)
+        yield lambda text: bar.update(task, description=text)
+
+
+@dataclass(frozen=True)
+class Provable:
+    """A model with its circuit and keys.
+
+    Attributes:
+        graph: the integer graph.
+        lowered: its circuit, which computes witnesses.
+        keys: proving and verifying key.
+        package: bytes of the verifier package.
+    """
+
+    graph: Graph
+    lowered: LoweredCircuit
+    keys: Keys
+    package: bytes
+
+
+def statement(graph: Graph, public_input: bool) -> dict[str, Any]:
+    """What a proof of this circuit states, in words and names, for the verifier package."""
+    card = graph.card
+    return {
+        "task": card.get("task", ""),
+        "classes": card.get("classes", []),
+        "dataset": card.get("dataset", ""),
+        "seq_len": graph.seq_len,
+        "input": {key: graph.input.integer(key) for key in ("low", "high", "features")},
+        "input_is_public": public_input,
+        "logits_frac": graph.by_name[graph.output].frac,
+    }
+
+
+def sample_input(graph: Graph) -> IntArray:
+    """Some valid input, to try a key pair with: the smallest value everywhere."""
+    import numpy as np
+
+    low = graph.input.integer("low")
+    return np.full(graph.types[graph.input.name].shape, low, dtype=np.int64)
+
+
+def prepare(
+    model: Path | None,
+    public_input: bool,
+    srs_path: Path | None,
+    srs_sha256: str | None,
+    say: Callable[[str], None],
+    graph: Graph | None = None,
+) -> Provable:
+    """Load a model, build its circuit, and get its keys: from the cache, or made now.
+
+    Raises:
+        MambaintError: for any of the faults of loading, lowering, the SRS and key generation.
+    """
+    from circuits.lowering import build_circuit
+    from mamba_int.errors import MambaintError
+    from mamba_int.graph import Graph
+    from quantize.latest import resolve_model
+    from zk.keys import make_keys
+    from zk.srs import ceremony_srs, development_srs
+
+    if (srs_path is None) != (srs_sha256 is None):
+        raise MambaintError(
+            "--srs and --srs-sha256 belong together", "give the ceremony file and the hash it is known by"
+        )
+    if graph is None:
+        graph = Graph.load(resolve_model(model))
+    say("building the circuit")
+    lowered = build_circuit(graph, public_input)
+    logrows = lowered.circuit.logrows
+    if srs_path is not None and srs_sha256 is not None:
+        srs = ceremony_srs(srs_path, srs_sha256, logrows)
+    else:
+        say(f"development SRS for 2^{logrows} rows")
+        srs = development_srs(logrows)
+    say(f"keys for {lowered.circuit.rows:,} rows (made once)")
+    keys = make_keys(lowered.circuit, witness_of(graph, lowered, sample_input(graph)), srs)
+    return Provable(graph, lowered, keys, keys.package(statement(graph, public_input)).encode())
+
+
+def witness_of(graph: Graph, lowered: LoweredCircuit, inputs: IntArray) -> Witness:
+    """The witness of one inference, checked against the interpreter.
+
+    Args:
+        inputs: int64 without batch axis.
+
+    Raises:
+        MambaintError: if the circuit computes other integers than the specification: an internal fault.
+    """
+    from mamba_int.errors import MambaintError
+    from mamba_int.interpreter import evaluate
+
+    witness = lowered.witness(inputs)
+    wanted = [int(value) for value in evaluate(graph, inputs[None])[0].ravel()]
+    if witness.public["logits"] != wanted:
+        raise MambaintError(
+            "the circuit and the interpreter disagree on this input", "report this with the model and the input"
+        )
+    return witness

@@ -1,0 +1,68 @@
+"""``mambaint setup``: make the keys of a model, and the package its verifiers need."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from cli.proving import DEVELOPMENT_NOTE, activity, proving_options
+
+
+@click.command(name="setup")
+@proving_options
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("verifier.zip"),
+    show_default=True,
+    help="Where to write the verifier package.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
+def command(
+    model: Path | None,
+    public_input: bool,
+    srs_path: Path | None,
+    srs_sha256: str | None,
+    out: Path,
+    as_json: bool,
+) -> None:
+    """Make the proving and verifying key of a model; write the verifier package.
+
+    Keys are cached by circuit (in ~/.cache/mambaint, or $MAMBAINT_CACHE) and found there by prove, which
+    makes them itself if need be.
+
+    \b
+    Example:
+      mambaint setup --model runs/digits/quantized/model.mint --out verifier.zip
+    """
+    from cli.proving import prepare
+    from mamba_int.files import write_bytes
+
+    with activity(as_json) as say:
+        ready = prepare(model, public_input, srs_path, srs_sha256, say)
+    write_bytes(out, ready.package)
+    circuit, keys = ready.lowered.circuit, ready.keys
+    result = {
+        "model_id": ready.graph.model_id,
+        "circuit_id": keys.circuit_id,
+        "rows": circuit.rows,
+        "logrows": circuit.logrows,
+        "keygen_seconds": round(keys.keygen_seconds, 3),
+        "peak_bytes": keys.peak_bytes,
+        "proving_key_bytes": keys.sizes["pk.key"],
+        "proof_bytes": keys.proof_bytes,
+        "srs": keys.srs.kind,
+        "verifier": str(out),
+    }
+    if as_json:
+        click.echo(json.dumps(result, indent=2))
+        return
+    made = f"made in {keys.keygen_seconds:.1f} s" if keys.keygen_seconds else "found in the cache"
+    click.echo(f"keys      {made}: {circuit.rows:,} rows of 2^{circuit.logrows}")
+    click.echo(f"model     {ready.graph.model_id}")
+    click.echo(f"circuit   {keys.circuit_id}")
+    click.echo(f"verifier  {out}")
+    if keys.srs.kind == "development":
+        click.echo(DEVELOPMENT_NOTE)

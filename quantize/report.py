@@ -61,6 +61,7 @@ def make_report(
         tensors.append(
             asdict(tensor)
             | {
+                "shape": list(tensor.shape),
                 "observed_low": seen.low,
                 "observed_high": seen.high,
                 "observed_bits": magnitude_bits(seen.low, seen.high),

@@ -27,10 +27,10 @@ SMALL: dict[str, Any] = {
 def random_inputs(config: MambaIntConfig, count: int, seed: int = 0) -> IntArray:
     """Random inputs, preceded by the two extreme ones."""
     random = np.random.default_rng(seed)
+    shape: tuple[int, ...] = (config.seq_len,)
+    low, high = 0, config.vocab_size - 1
     if config.task == "classification":
         shape, low, high = (config.seq_len, config.n_features), config.input_low, config.input_high
-    else:
-        shape, low, high = (config.seq_len,), 0, config.vocab_size - 1
     values = random.integers(low, high + 1, (count, *shape))
     extremes = np.stack([np.full(shape, low), np.full(shape, high)])
     return np.concatenate([extremes, values]).astype(np.int64)

@@ -37,9 +37,8 @@ def _table(summary: GraphSummary) -> list[str]:
 
 def _totals(graph: Graph, summary: GraphSummary) -> list[str]:
     counts = summary.per_token()
-    dataset = graph.card.get("dataset", {}).get("name", "")
     lines = [
-        ("task", f"{graph.card.get('task', '?')} {dataset}".rstrip()),
+        ("task", str(graph.card.get("task", "not described"))),
         ("per token", ", ".join(f"{count:,.1f} {name}" for name, count in counts.items())),
         ("parameters", f"{summary.parameters:,} integers, {summary.size_bytes:,} bytes"),
         ("max bits", f"{summary.max_bits} hold every intermediate"),

@@ -32,8 +32,10 @@ def _execute(graph: Graph, inputs: IntArray, backend: str) -> IntArray:
 
 
 def _predicted(graph: Graph, logits: IntArray) -> str | None:
-    classes = graph.card.get("classes", [])
-    return str(classes[int(logits.argmax())]) if logits.ndim == 1 and len(classes) == len(logits) else None
+    classes = graph.card.get("classes")
+    if not isinstance(classes, list) or logits.ndim != 1 or len(classes) != len(logits):
+        return None
+    return str(classes[int(logits.argmax())])
 
 
 @click.command("run")

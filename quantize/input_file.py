@@ -54,8 +54,9 @@ def read_input(path: Path, graph: Graph) -> IntArray:
         if type(value) not in (int, float) or not _finite(value):
             raise MambaintError(f"{path}: {place} = {_shown(value)} is not a finite number", remedy)
     values = [value for _, value in places]
-    if standardized(graph):
-        return _quantized(values, graph)
+    scaled = scaling(graph)
+    if scaled is not None:
+        return _quantized(values, graph, *scaled)
     low, high = graph.input.integer("low"), graph.input.integer("high")
     for place, value in places:
         if value != int(value) or not low <= value <= high:
@@ -67,25 +68,32 @@ def read_input(path: Path, graph: Graph) -> IntArray:
     return integers.reshape(graph.seq_len, features) if features else integers
 
 
-def standardized(graph: Graph) -> bool:
-    """Whether the model's features are reals that are scaled to integers, as its card says."""
+def scaling(graph: Graph) -> tuple[list[float], list[float]] | None:
+    """Offset and scale per feature, or None where features are the integers themselves.
+
+    Raises:
+        MambaintError: if the card does not describe the model's features.
+    """
     described = graph.card.get("input", {})
-    offset, scale = described.get("feature_offset", []), described.get("feature_scale", [])
-    return any(value != 0 for value in offset) or any(value != 1 for value in scale)
+    features = graph.input.integer("features")
+    parts: list[list[float]] = []
+    for key, neutral in (("feature_offset", 0.0), ("feature_scale", 1.0)):
+        values = (described.get(key) if isinstance(described, dict) else None) or [neutral] * features
+        valid = isinstance(values, list) and len(values) == features
+        if not valid or not all(type(v) in (int, float) and _finite(v) for v in values):
+            raise MambaintError(f"the model's card has an unusable {key}", "quantize the checkpoint again")
+        parts.append([float(v) for v in values])
+    offset, scale = parts
+    return None if not any(offset) and all(v == 1 for v in scale) else (offset, scale)
 
 
-def _quantized(values: list[float], graph: Graph) -> IntArray:
+def _quantized(values: list[float], graph: Graph, offset: list[float], scale: list[float]) -> IntArray:
     from mamba_int.datasets import quantize_features
 
-    node, described = graph.input, graph.card["input"]
+    node = graph.input
     real = np.array(values, np.float64).reshape(graph.seq_len, node.integer("features"))
-    integers: IntArray = quantize_features(
-        real,
-        described["feature_offset"],
-        described["feature_scale"],
-        node.integer("low"),
-        node.integer("high"),
-    ).numpy()
+    low, high = node.integer("low"), node.integer("high")
+    integers: IntArray = quantize_features(real, offset, scale, low, high).numpy()
     return integers
 
 

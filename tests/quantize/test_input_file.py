@@ -107,3 +107,11 @@ def test_scale_of_one_and_offset_of_zero_mean_integers(tmp_path: Path) -> None:
     card = {"input": {"feature_offset": [0.0, 0.0], "feature_scale": [1.0, 1.0]}}
     with pytest.raises(MambaintError, match="not an integer"):
         read_input(write(tmp_path / "x.json", [[0.5] * 6]), graph(card=card))
+
+
+@pytest.mark.parametrize(
+    "described", [{"feature_scale": [1.0]}, {"feature_offset": ["0", 0]}, {"feature_scale": 7}]
+)
+def test_card_that_does_not_fit_the_model_is_no_traceback(tmp_path: Path, described: dict[str, Any]) -> None:
+    with pytest.raises(MambaintError, match="card has an unusable"):
+        read_input(write(tmp_path / "x.json", [[0] * 6]), graph(card={"input": described}))

@@ -72,6 +72,8 @@ class MambaIntConfig:
         gate: ``hard_silu`` z*clamp(z+2,0,4)/4; ``algebraic`` (1 + z/(1+|z|))/2;
             ``hard_sigmoid`` clamp(z + 1/2, 0, 1) without any requantization around it.
         rotation: form of the rotation of B and C: dyadic cos/sin ``table``, three ``shear`` steps, or ``none``.
+        G_bits, G_headroom, G_limit: the products C.B get a scale at which their worst case has
+            G_bits + G_headroom bits, and saturate at G_limit; typical ones are far below the worst case.
         pooling: how a classifier reads the sequence.
         final_norm: whether a norm precedes the head.
         arithmetic: ``integer``, or ``float`` for the twin: same shapes, no rounding, float weights.
@@ -120,6 +122,7 @@ class MambaIntConfig:
     A_u_bits: int = 10
     G_bits: int = 12
     G_headroom: int = 4
+    G_limit: int = 4095
     M_bits: int = 8
     u_bits: int = 13
     beta_bits: int = 11

@@ -62,7 +62,7 @@ def ssd_attributes(config: MambaIntConfig) -> dict[str, int]:
     lg = ceil(log2(config.d_state))
     M_shift = config.A_bits + config.G_bits - config.M_bits
     # A G and the half that its shift adds stay within 24 bits.
-    G_limit = min((1 << config.G_bits) - 1, ((1 << 24) - (1 << M_shift >> 1)) >> config.A_bits)
+    G_limit = min(config.G_limit, ((1 << 24) - (1 << M_shift >> 1)) >> config.A_bits)
     return {
         "chunk_size": config.chunk_size,
         "headdim": config.headdim,

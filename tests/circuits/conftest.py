@@ -78,7 +78,7 @@ def _weights(low: int, high: int, *shape: int, seed: int = 1) -> Array:
 
 def _ssd(T: int, Q: int, rotated: bool = True) -> Graph:
     """x, B, C, n sliced from the input; with a carried state when T > Q."""
-    H, P, N, k, fA, fR = 2, 2, 2, 4, 5, 5
+    H, P, N, k, fA, fR = 2, 1 if T > Q else 2, 2, 4, 5, 5
     cuts = {"x": H * P, "B": N, "C": N, "n_in": H}
     nodes, start = [], 0
     for name, width in cuts.items():
@@ -101,14 +101,14 @@ def _ssd(T: int, Q: int, rotated: bool = True) -> Graph:
         "A_u_bits": 4,
         "u_shift": 4,
         "beta_shift": 3,
-        "H_align": 1,
+        "H_align": 0,
         "rotation_frac": fR,
         "M_align": 1,
         "u_align": 0,
         "D_align": 2,
     }
     nodes.append(node("y_acc", "ssd", *inputs, constants=constants, **attributes))
-    nodes.append(node("y_wide", "shift", "y_acc", places=4))
+    nodes.append(node("y_wide", "shift", "y_acc", places=6))
     nodes.append(node("y", "clamp", "y_wide", low=-31, high=31, saturation=True))
     return chain(*nodes, T=T, C=sum(cuts.values()), low=-15, high=15)
 

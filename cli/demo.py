@@ -21,10 +21,9 @@ def _invoke(ctx: click.Context, module: str, **arguments: Any) -> dict[str, Any]
 
     command: click.Command = importlib.import_module(module).command
     out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        # verify ends an invalid proof with an exit code; what it printed is what counts here.
-        with contextlib.suppress(click.exceptions.Exit):
-            ctx.invoke(command, as_json=True, **arguments)
+    # verify ends an invalid proof with an exit code; what it printed is what counts here.
+    with contextlib.redirect_stdout(out), contextlib.suppress(click.exceptions.Exit):
+        ctx.invoke(command, as_json=True, **arguments)
     result: dict[str, Any] = json.loads(out.getvalue())
     return result
 
@@ -147,4 +146,3 @@ def command(ctx: click.Context, out: Path, as_json: bool) -> None:
         )
     if not verified["valid"] or tampered["valid"]:
         ctx.exit(2)
-

@@ -95,7 +95,9 @@ def command(
         f"{circuit.rows:,} rows of 2^{circuit.logrows}"
     )
     if predicted is not None:
-        click.echo(f"answer    {json.dumps(predicted)} (the input is {'public' if public_input else 'private'})")
+        click.echo(
+            f"answer    {json.dumps(predicted)} (the input is {'public' if public_input else 'private'})"
+        )
     click.echo(f"model     {graph.model_id}")
     click.echo(f"proof     {out} ({proof.proof_bytes:,} bytes of proof)")
     click.echo(f"verifier  {verifier}")

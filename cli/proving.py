@@ -1,4 +1,4 @@
-"""What ``setup``, ``prove`` and ``demo`` share: from a model file to its circuit, keys and verifier package."""
+"""What ``setup`` and ``prove`` share: from a model file to its circuit, keys and verifier package."""
 
 from __future__ import annotations
 
@@ -27,9 +27,13 @@ def proving_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """The options that decide which circuit and which keys are meant; the same for setup and prove."""
     options = (
         click.option(
-            "--model", type=click.Path(path_type=Path), help="Quantized model [default: that of the newest run]."
+            "--model",
+            type=click.Path(path_type=Path),
+            help="Quantized model [default: that of the newest run].",
         ),
-        click.option("--public-input", is_flag=True, help="Show the input in the proof instead of hiding it."),
+        click.option(
+            "--public-input", is_flag=True, help="Show the input in the proof instead of hiding it."
+        ),
         click.option(
             "--srs",
             "srs_path",
@@ -153,6 +157,7 @@ def witness_of(graph: Graph, lowered: LoweredCircuit, inputs: IntArray) -> Witne
     wanted = [int(value) for value in evaluate(graph, inputs[None])[0].ravel()]
     if witness.public["logits"] != wanted:
         raise MambaintError(
-            "the circuit and the interpreter disagree on this input", "report this with the model and the input"
+            "the circuit and the interpreter disagree on this input",
+            "report this with the model and the input",
         )
     return witness

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from mamba_int.training import Progress, TrainingResult
 
 RUNS = Path("runs")
-LATEST = RUNS / "latest.json"
 TWIN_FOLDER = "float-twin"
 
 
@@ -71,8 +70,9 @@ def _show(report: dict[str, Any], name: str) -> None:
     unit = "accuracy" if name == "accuracy" else "bits per byte"
     lines = [
         (f"test {unit}", f"{report[f'test_{name}']:.4f}"),
-        (f"validation {unit}", f"{report[f'validation_{name}']:.4f}"),
     ]
+    if report[f"validation_{name}"] is not None:
+        lines.append((f"validation {unit}", f"{report[f'validation_{name}']:.4f}"))
     if report[f"float_twin_{name}"] is not None:
         lines.append((f"float twin, test {unit}", f"{report[f'float_twin_{name}']:.4f}"))
     resumed = ", resumed" if report["resumed"] else ""
@@ -134,6 +134,7 @@ def command(
     from mamba_int.experiment import resolve
     from mamba_int.files import write_json
     from mamba_int.training import train
+    from quantize.latest import LATEST
 
     experiment = resolve(preset, config_path, data_path, seed, steps)
     data = load_data(experiment.source)

@@ -56,7 +56,7 @@ class MambaIntConfig:
 
     Attributes:
         task: what the head predicts.
-        seq_len: steps per sequence (classification), or the length that is exported and proved (language model).
+        seq_len: steps per sequence (classification), or the length exported and proved (language model).
         n_features: input channels per step (classification).
         n_classes: classes (classification).
         vocab_size: tokens (language model).
@@ -71,7 +71,7 @@ class MambaIntConfig:
         activate_BC: relu on B and C too, as Mamba-2 applies its activation.
         gate: ``hard_silu`` z*clamp(z+2,0,4)/4; ``algebraic`` (1 + z/(1+|z|))/2;
             ``hard_sigmoid`` clamp(z + 1/2, 0, 1) without any requantization around it.
-        rotation: form of the rotation of B and C: dyadic cos/sin ``table``, three ``shear`` steps, or ``none``.
+        rotation: form of the rotation of B and C: dyadic cos/sin ``table``, three ``shear`` steps, ``none``.
         G_bits, G_headroom, G_limit: the products C.B get a scale at which their worst case has
             G_bits + G_headroom bits, and saturate at G_limit; typical ones are far below the worst case.
         pooling: how a classifier reads the sequence.
@@ -152,9 +152,8 @@ class MambaIntConfig:
             if not condition:
                 raise MambaintError(f"[model] {cause}", remedy)
 
-        for name in (
-            "seq_len n_features n_classes vocab_size d_model n_layer d_inner headdim d_state d_conv chunk_size"
-        ).split():
+        sizes = ["seq_len", "n_features", "n_classes", "vocab_size", "d_model", "n_layer", "d_inner"]
+        for name in [*sizes, "headdim", "d_state", "d_conv", "chunk_size"]:
             need(getattr(self, name) >= 1, f"{name} = {getattr(self, name)}", "give a positive integer")
         need(
             self.d_inner % self.headdim == 0,
@@ -188,5 +187,5 @@ class MambaIntConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Inverse of :meth:`to_dict`; raises MambaintError on unknown keys, wrong types or impossible shapes."""
+        """Inverse of :meth:`to_dict`; MambaintError on unknown keys, wrong types or impossible shapes."""
         return dataclass_from_dict(cls, values, "[model]")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterator
@@ -73,6 +74,13 @@ def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not a JSON number")
 
 
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is beyond any float")
+    return value
+
+
 def parse_json(content: bytes, source: str) -> Any:
     """Parse strict JSON: UTF-8, no duplicate keys, no NaN or Infinity.
 
@@ -81,7 +89,10 @@ def parse_json(content: bytes, source: str) -> Any:
     """
     try:
         return json.loads(
-            content.decode(), object_pairs_hook=_refuse_duplicates, parse_constant=_refuse_constant
+            content.decode(),
+            object_pairs_hook=_refuse_duplicates,
+            parse_constant=_refuse_constant,
+            parse_float=_finite,
         )
     except (ValueError, RecursionError) as error:
         raise MambaintError(

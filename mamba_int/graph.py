@@ -27,6 +27,7 @@ from mamba_int.files import canonical_json, parse_json, read_bytes, write_bytes
 
 FORMAT = "mambaint-graph"
 VERSION = 1
+MAX_CONSTANT_BITS = 53
 
 IntArray = NDArray[np.int64]
 AttributeValue = int | str | bool
@@ -151,9 +152,13 @@ class Graph:
         Raises:
             MambaintError: naming the first node at fault.
         """
-        types = self.types
+        for node in self.nodes:
+            for key, value in node.constants.items():
+                if value.size and max(abs(int(value.min())), abs(int(value.max()))) > 1 << MAX_CONSTANT_BITS:
+                    raise _malformed(node.name, f"has a constant '{key}' beyond {MAX_CONSTANT_BITS} bits")
         if [node.op for node in self.nodes].count("input") != 1:
             raise MambaintError("the graph does not have exactly one input", "quantize the checkpoint again")
+        types = self.types
         if self.output not in types:
             raise _malformed(self.output, "is named as output but not defined")
         for name, tensor in types.items():
@@ -209,7 +214,9 @@ class Graph:
             for node in self.nodes
             for key, value in node.constants.items()
         }
-        metadata = {"graph": canonical_json(self._describe()).decode(), "model_id": self.model_id}
+        # One key only: safetensors writes several in random order.
+        document = {"graph": self._describe(), "model_id": self.model_id}
+        metadata = {"mambaint": canonical_json(document).decode()}
         write_bytes(path, save_tensors(tensors, metadata))
 
     @classmethod
@@ -224,12 +231,12 @@ class Graph:
         try:
             tensors = load_tensors(content)
             header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-            metadata = header["__metadata__"]
-            text, model_id = metadata["graph"], metadata["model_id"]
+            text = header["__metadata__"]["mambaint"]
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
             raise MambaintError(f"{path} is not a mambaint graph, or is truncated", remedy) from error
-        described = parse_json(text.encode(), str(path))
+        document = parse_json(text.encode(), str(path))
         try:
+            described, model_id = document["graph"], document["model_id"]
             if described["format"] != FORMAT or described["version"] != VERSION:
                 raise MambaintError(f"{path} has graph version {described['version']}, not {VERSION}", remedy)
             nodes = tuple(

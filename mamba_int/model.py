@@ -8,7 +8,6 @@ computes the integer model bit for bit, and ``quantize`` loses nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +16,8 @@ from torch import Tensor, nn
 from mamba_int.config import MambaIntConfig
 from mamba_int.executor import execute_nodes
 from mamba_int.native import (
+    MAX_FRAC,
+    BC_frac_range,
     NativeNodes,
     activation_names,
     build_nodes,
@@ -101,6 +102,7 @@ class MambaInt(nn.Module):
         # ParameterDict refuses dots in names.
         self.latent = nn.ParameterDict({name.replace(".", "/"): value for name, value in parameters.items()})
 
+        self._BC_range = BC_frac_range(config)
         self.weight_scales = weight_names(config)
         self.activation_scales = activation_names(config)
         names = len(self.weight_scales) + len(self.activation_scales)
@@ -231,7 +233,10 @@ class MambaInt(nn.Module):
             bits = self._bits(name)
             rms = math.sqrt(max(mean_square, 1e-12))
             fracs.append(math.floor(math.log2(((1 << bits) - 1) / (SCALE_SIGMAS * rms))))
-        self.fracs.copy_(torch.tensor([min(max(f, 0), 12) for f in fracs]))
+        names = [*self.weight_scales, *self.activation_scales]
+        limits = [self._BC_range if name.endswith(".BC") else (0, MAX_FRAC) for name in names]
+        fracs = [min(max(f, low), high) for f, (low, high) in zip(fracs, limits, strict=True)]
+        self.fracs.copy_(torch.tensor(fracs))
 
     def _bits(self, name: str) -> int:
         """Width a static scale fills: ``y`` may be wider than int8, but is scaled as int8."""

@@ -7,11 +7,19 @@ from dataclasses import dataclass, field
 from math import ceil, log2
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from mamba_int.config import MambaIntConfig
-from mamba_int.graph import Node
+from mamba_int.errors import MambaintError
+from mamba_int.graph import Node, TensorType
+from mamba_int.operations import OPERATIONS
 
 Constants = Callable[[str, int], Any]
 """Gives the integers of a constant, named ``node.constant``, at a number of binary places."""
+
+
+MAX_FRAC = 12
+"""Static scales have 0 to this many binary places."""
 
 
 @dataclass
@@ -188,10 +196,10 @@ def _block(b: _Builder, c: MambaIntConfig, fracs: Mapping[str, int], layer: str,
     z_in, dt = part("z_in", 0, E), part("dt", 2 * E + 2 * N, 2 * E + 2 * N + c.n_heads)
     x_in, BC_in = part("x_in", E, 2 * E), part("BC_in", 2 * E, 2 * E + 2 * N)
     if c.weights == "int8":
-        x_in = b.requantize(at("x_int8"), x_in, fracs[at("xBC_in")], bits)
-        BC_in = b.requantize(at("BC_int8"), BC_in, fracs[at("xBC_in")], bits)
-        b.result.observed[at("xBC_in")] = b.result.observed.pop(at("x_int8"))
-        b.result.observed.pop(at("BC_int8"))
+        x_in = b.requantize(at("x_in_int8"), x_in, fracs[at("xBC_in")], bits)
+        BC_in = b.requantize(at("BC_in_int8"), BC_in, fracs[at("xBC_in")], bits)
+        b.result.observed[at("xBC_in")] = b.result.observed.pop(at("x_in_int8"))
+        b.result.observed.pop(at("BC_in_int8"))
 
     conv_frac = b.frac[x_in] + c.conv_frac
     held = {"taps": c.conv_frac} | ({"bias": conv_frac} if c.conv_bias else {})
@@ -281,6 +289,52 @@ def scan_fracs(c: MambaIntConfig, f_x: int, f_B: int) -> ScanFracs:
     return ScanFracs(f_M, f_u, f_D, max(finest, f_x + f_D))
 
 
+def BC_frac_range(c: MambaIntConfig) -> tuple[int, int]:
+    """Binary places of B and C for which the scan provably stays within 24 bits, whatever is learned.
+
+    Raises:
+        MambaintError: if there are none: the bit budget is too large for this shape.
+    """
+    allowed = [f_B for f_B in range(MAX_FRAC + 1) if _scan_peak(c, f_B) <= 1 << 24]
+    if not allowed:
+        raise MambaintError(
+            f"[model] the scan exceeds 24 bits at chunk_size = {c.chunk_size}, d_state = {c.d_state}",
+            "lower H_bits, u_bits, A_bits or G_limit",
+        )
+    # The allowed values are consecutive: too few places align u to the left, too many D.
+    return allowed[0], allowed[-1]
+
+
+def _scan_peak(c: MambaIntConfig, f_B: int) -> int:
+    """Largest intermediate of the scan for the worst constants and inputs."""
+    f_x = 5  # the alignments depend on f_B alone
+    carried = chunked(c)
+    rotated = ceil(2**0.5 * ((1 << c.activation_bits) - 1) + 1)
+    x = TensorType((c.seq_len, c.d_inner), -(1 << c.activation_bits), 1 << c.activation_bits)
+    B = TensorType((c.seq_len, c.d_state), -rotated, rotated, pair_norm=rotated)
+    n = TensorType((c.seq_len, c.n_heads), 0, (1 << c.decay_bits) - 1)
+    constants = {"D": np.full(c.n_heads, 127)}
+    if carried:
+        half = c.d_state // 2
+        constants |= {"cos_Q": np.full(half, 1 << c.rotation_frac), "sin_Q": np.zeros(half, np.int64)}
+    node = Node("ssd", "ssd", (), scan_attributes(c, f_x, f_B), constants)
+    inputs = [x, B, B, n, B] if carried else [x, B, B, n]
+    try:
+        return OPERATIONS["ssd"].infer(node, inputs, c.seq_len).peak
+    except ValueError:
+        return 1 << 62
+
+
+def scan_attributes(c: MambaIntConfig, f_x: int, f_B: int) -> dict[str, int]:
+    """All shifts of the scan, given the binary places of x and of B and C."""
+    f = scan_fracs(c, f_x, f_B)
+    return ssd_attributes(c) | {
+        "M_align": f.y - f_x - f.M,
+        "u_align": f.y - f.u if chunked(c) else 0,
+        "D_align": f.y - f_x - f.D,
+    }
+
+
 def _scan(b: _Builder, c: MambaIntConfig, layer: str, x: str, B: str, C: str, decay: str) -> str:
     f = scan_fracs(c, b.frac[x], b.frac[B])
     inputs = [x, _rotate(b, c, f"{layer}.B_hat", B), _rotate(b, c, f"{layer}.C_hat", C), decay]
@@ -288,12 +342,8 @@ def _scan(b: _Builder, c: MambaIntConfig, layer: str, x: str, B: str, C: str, de
     if chunked(c):
         inputs.append(_rotate(b, c, f"{layer}.B_next", B))
         held |= {"cos_Q": c.rotation_frac, "sin_Q": c.rotation_frac}
-    aligned = {
-        "M_align": f.y - b.frac[x] - f.M,
-        "u_align": f.y - f.u if chunked(c) else 0,
-        "D_align": f.y - b.frac[x] - f.D,
-    }
-    return b.add(f"{layer}.ssd", "ssd", *inputs, frac=f.y, constants=held, **ssd_attributes(c), **aligned)
+    attributes = scan_attributes(c, b.frac[x], b.frac[B])
+    return b.add(f"{layer}.ssd", "ssd", *inputs, frac=f.y, constants=held, **attributes)
 
 
 def _gate(b: _Builder, c: MambaIntConfig, fracs: Mapping[str, int], layer: str, y: str, z_in: str) -> str:

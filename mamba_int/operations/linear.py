@@ -16,8 +16,10 @@ if TYPE_CHECKING:
 
 def _dot_bounds(weight: IntArray, bias: IntArray | None, x: TensorType) -> tuple[int, int, int]:
     """Low, high and peak of ``weight [outputs, terms] . x + bias``: exact interval arithmetic."""
-    positive, negative = np.maximum(weight, 0).sum(1), np.minimum(weight, 0).sum(1)
-    offset = bias if bias is not None else np.zeros(len(weight), np.int64)
+    # Python integers from here on: a foreign file must not make the bounds themselves wrap.
+    positive = np.maximum(weight, 0).astype(object).sum(1)
+    negative = np.minimum(weight, 0).astype(object).sum(1)
+    offset = (bias if bias is not None else np.zeros(len(weight), np.int64)).astype(object)
     low = (positive * x.low + negative * x.high + offset).min()
     high = (positive * x.high + negative * x.low + offset).max()
     peak = ((positive - negative) * x.magnitude + np.abs(offset)).max()

@@ -47,12 +47,23 @@ class Rotate(Operation):
         check(bool((np.abs(node.constants["sign"]) == 1).all()), "sign is not +-1")
         first = mag + (lam * mag + one // 2) // one
         second = mag + (gam * first + one // 2) // one
-        bound = first + (lam * second + one // 2) // one
-        # Lifting is a rotation plus at most three roundings of 1/2, one of them amplified by l <= 1.
-        slack = 1.5 * (1 + lam / one) + (lam + gam) * mag / one**2
-        pair = ceil(sqrt(2) * mag * (1 + 4 / one) + slack + 1)
+        bound = max(first + (lam * second + one // 2) // one, second)
+        stretch, slack = self._lifting(node, one)
+        pair = ceil(stretch * sqrt(2) * mag + slack + 1e-6)
         bound = min(bound, pair)
         return TensorType(x.shape, -bound, bound, max(lam * second, gam * first) + one // 2, pair)
+
+    @staticmethod
+    def _lifting(node: Node, one: int) -> tuple[float, float]:
+        """Of the three steps as they are, rounded constants included: the largest stretch of a pair, and
+        how far the three roundings of 1/2 can carry it."""
+        lam, gam = node.constants["lam"] / one, node.constants["gam"] / one
+        a, b, c = 1 + lam * gam, 2 * lam + lam * lam * gam, gam
+        # Spectral norm of [[a, b], [c, a]], whose determinant is 1.
+        half = (2 * a * a + b * b + c * c) / 2
+        stretch = np.sqrt(half + np.sqrt(np.maximum(half * half - 1, 0)))
+        slack = (np.sqrt(a * a + c * c) + np.sqrt(1 + lam * lam) + 1) / 2
+        return float(stretch.max()), float(slack.max())
 
     def evaluate(self, node: Node, inputs: Sequence[IntArray], record: Record) -> IntArray:
         x, frac = inputs[0], node.integer("constant_frac")

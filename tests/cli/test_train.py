@@ -66,7 +66,7 @@ def test_json_is_all_that_stdout_holds_and_latest_points_to_the_checkpoint(
     assert kept.results["test_accuracy"] == report["test_accuracy"]
     assert kept.model_config.d_model == 16 and kept.integers
     twin = load_checkpoint(folder / "runs/digits/float-twin/checkpoint.safetensors")
-    assert twin.model_config.arithmetic == "float" and twin.training_config.learning_rate == 1e-2
+    assert twin.model_config.arithmetic == "float" and twin.training_config.learning_rate == 5e-3
 
 
 def test_second_call_resumes_and_another_recipe_needs_restart(

@@ -45,7 +45,7 @@ def test_tokens_have_no_feature_axis(tmp_path: Path) -> None:
         ("[1, 2", "not valid JSON"),
         ('{"input_data": [[NaN, 1, 2, 3, 4, 5]]}', "NaN is not a JSON number"),
         ('{"input_data": [[1]], "input_data": [[1]]}', "duplicate key"),
-        ('{"input_data": [[1e999, 1, 2, 3, 4, 5]]}', r"input_data\[0\]\[0\] = Infinity is not a finite"),
+        ('{"input_data": [[1e999, 1, 2, 3, 4, 5]]}', "1e999 is beyond any float"),
         ("[1, 2, 3, 4, 5, 6]", "has no 'input_data'"),
         ('{"output_data": []}', "has no 'input_data'"),
         ('{"input_data": [[0]], "extra": 1}', 'unknown key "extra"'),
@@ -99,7 +99,7 @@ def test_real_features_of_a_standardized_model_are_scaled_as_in_training(tmp_pat
     values = read_input(write(tmp_path / "x.json", [real]), graph(card=card))
     assert values.tolist() == quantize_features(real, offset, scale, 0, 16).tolist()
     assert values.tolist() == [[0, 9], [2, 0], [16, 0]]
-    with pytest.raises(MambaintError, match="not a finite number"):
+    with pytest.raises(MambaintError, match="beyond any float"):
         read_input(write(tmp_path / "x.json", '{"input_data": [[1e999, 1, 2, 3, 4, 5]]}'), graph(card=card))
 
 

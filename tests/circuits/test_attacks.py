@@ -1,0 +1,168 @@
+"""Attacks that change several cells at once, so that each equation but one still holds."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from circuits.cells import FIELD
+from circuits.circuit import Witness
+from circuits.lowering import LoweredCircuit, build_circuit
+from tests.circuits.conftest import Array, chain, node, random_input
+from tests.circuits.lying import override, privates, reject_all
+from tests.circuits.test_equality import built
+
+LINEAR = ("linear_ternary", "linear_two_groups", "linear_two_packs", "linear_many_rows")
+LINEAR_SHIFTED = ("linear_int8_shifted", "linear_shifted_two_groups", "linear_shifted_two_packs")
+
+
+def change(honest: Witness, changes: dict[str, list[tuple[int, int]]]) -> Witness:
+    """A witness with several tensors changed, as field elements."""
+    for name, deltas in changes.items():
+        honest = override(honest, name, deltas)
+    return honest
+
+
+def setup(name: str) -> tuple[LoweredCircuit, Array, Witness]:
+    graph, lowered = built(name)
+    x = random_input(graph)
+    return lowered, x, lowered.witness(x)
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_digit_carry_in_a_packed_product(name: str) -> None:
+    lowered, x, honest = setup(name)
+    k, lies = lowered.circuit.logrows, {}
+    for tensor, size in privates(lowered).items():
+        graph, _ = built(name)
+        outputs = graph.types["lin"].shape[-1]
+        for i in range(size // outputs - 1):
+            for sign in (1, -1):
+                here, after = i * outputs, (i + 1) * outputs
+                carry = {tensor: [(here, sign << k), (after, -sign)]}
+                lies[f"{tensor} digit {i} to {i + 1}, {sign:+}"] = change(honest, carry)
+        # The lowest digit is computed: a digit above it alone makes it overflow, by any power of the base.
+        lies[f"{tensor} from the computed digit"] = change(honest, {tensor: [(0, 1)]})
+        lies[f"{tensor} into the computed digit"] = change(honest, {tensor: [(0, -1)]})
+        fraction = pow(1 << k, -1, FIELD)
+        lies[f"{tensor} fraction into the computed digit"] = change(honest, {tensor: [(0, fraction)]})
+    reject_all(lowered, x, lies)
+
+
+@pytest.mark.parametrize("name", LINEAR_SHIFTED)
+def test_remainder_traded_with_quotient_or_carried_to_the_next_step(name: str) -> None:
+    lowered, x, honest = setup(name)
+    graph, _ = built(name)
+    k, outputs, lies = lowered.circuit.logrows, graph.types["q"].shape[-1], {}
+    for tensor in [tensor for tensor in privates(lowered) if ".rho" in tensor]:
+        q = tensor.replace(".rho", ".q")
+        steps = len(honest.private[tensor]) // outputs
+        for i in sorted({0, steps - 2, steps - 1}):
+            here = i * outputs  # remainder i belongs to quotient i + 1
+            for sign in (1, -1):
+                traded = {tensor: [(here, sign << k)], q: [(here + outputs, -sign)]}
+                lies[f"{tensor}[{i}] 2^k for one, {sign:+}"] = change(honest, traded)
+                if i + 1 < steps:
+                    carry = {tensor: [(here, sign << 2 * k), (here + outputs, -sign)]}
+                    lies[f"{tensor}[{i}] carried to the next, {sign:+}"] = change(honest, carry)
+                    swap = {tensor: [(here + outputs, -sign)], q: [(here + outputs, sign << k)]}
+                    lies[f"{q}[{i}] carried to the next, {sign:+}"] = change(honest, swap)
+        fraction = pow(1 << k, -1, FIELD)
+        lies[f"{tensor} and {q} by a fraction"] = change(
+            honest, {tensor: [(0, -1)], q: [(outputs, fraction)]}
+        )
+    reject_all(lowered, x, lies)
+
+
+def test_split_remainder_traded_with_the_quotient() -> None:
+    lowered, x, honest = setup("shift_9")
+    places, fine = 9, lowered.circuit.logrows - 4
+    whole, lies = 1 << (places - fine), {}
+    for i in range(0, x.size, 3):
+        for sign in (1, -1):
+            lies[f"coarse limb beyond its window [{i}] {sign:+}"] = change(
+                honest, {"q.q": [(i, sign)], "q.h": [(i, -sign * whole)]}
+            )
+        lies[f"fraction of the quotient into the coarse limb [{i}]"] = change(
+            honest, {"q.q": [(i, pow(whole, -1, FIELD))], "q.h": [(i, -1)]}
+        )
+    reject_all(lowered, x, lies)
+
+
+@pytest.mark.parametrize("name", ["embedding", "norm", "norm_clamped"])
+def test_one_hot_shifted_doubled_negative_empty_or_with_two_ones(name: str) -> None:
+    lowered, x, honest = setup(name)
+    tensor = next(tensor for tensor in privates(lowered) if tensor.endswith(".one_hot"))
+    shape = next(base.shape for base in lowered.cells.bases if base.name == tensor)
+    width = shape[-1] if len(shape) > 1 else privates(lowered)[tensor] // len(x)
+    hot = honest.private[tensor].index(1)
+    row, column = divmod(hot, width)
+    other = row * width + (column + 1) % width
+    further = row * width + (column + 2) % width
+    lies = {
+        "shifted up": [(hot, -1), (other, 1)],
+        "shifted twice": [(hot, -1), (further, 1)],
+        "two and minus one": [(hot, 1), (other, -1)],
+        "minus one and two": [(hot, -2), (other, 2)],
+        "two ones": [(other, 1)],
+        "empty": [(hot, -1)],
+        "one half each": [(hot, -pow(2, -1, FIELD)), (other, pow(2, -1, FIELD))],
+        "a third of three": [
+            (hot, pow(3, -1, FIELD) - 1),
+            (other, pow(3, -1, FIELD)),
+            (further, pow(3, -1, FIELD)),
+        ],
+    }
+    reject_all(lowered, x, {what: change(honest, {tensor: deltas}) for what, deltas in lies.items()})
+
+
+@pytest.mark.parametrize("name", ["clamp_wide", "clamp_wide_one_sided"])
+def test_clamped_value_moved_together_with_the_excess(name: str) -> None:
+    lowered, x, honest = setup(name)
+    names = list(privates(lowered))
+    clamped = next(tensor for tensor in names if tensor.endswith(".clamped"))
+    over, lies = clamped.replace(".clamped", ".over0"), {}
+    for i in range(x.size):
+        for sign in (1, -1):
+            lies[f"over [{i}] {sign:+}"] = change(honest, {clamped: [(i, sign)], over: [(i, -sign)]})
+            under = clamped.replace(".clamped", ".under0")
+            if under in names:
+                lies[f"under [{i}] {sign:+}"] = change(honest, {clamped: [(i, sign)], under: [(i, sign)]})
+                both = {over: [(i, 1)], under: [(i, 1)]}
+                lies[f"both [{i}]"] = change(honest, both)
+    reject_all(lowered, x, lies)
+
+
+def test_root_and_quotient_by_their_neighbours_with_slacks_recomputed() -> None:
+    for name, tensor in (("isqrt", "root.root"), ("div", "ratio.quotient")):
+        lowered, x, honest = setup(name)
+        lies = {}
+        for delta in (1, -1, 2, -2, 8):
+            for i in range(0, x.size, 5):
+
+                def lie(values: Array, i: int = i, delta: int = delta) -> Array:
+                    flat = values.ravel().copy()
+                    flat[i] += delta
+                    return flat.reshape(values.shape)
+
+                forged = lowered.witness(x, lies={tensor: lie})
+                lies[f"{tensor}[{i}]{delta:+}"] = dataclasses.replace(forged, public={})
+        # The other root of x: -r squares to the same.
+        value = honest.private[tensor][0]
+        lies[f"{tensor} negative"] = override(honest, tensor, [(0, -2 * value)])
+        reject_all(lowered, x, lies)
+
+
+def test_quotient_whose_remainder_lies_beyond_the_declared_but_inside_the_true_table() -> None:
+    # The published attack on EZKL's declared ranges: with multiplier m' for a table that ends where it was
+    # declared, q - 1 leaves a remainder that the true table holds. Here every x, and every neighbour of q.
+    graph = chain(node("q", "shift", "input", places=3), T=32, C=2, low=-60, high=60)
+    lowered = build_circuit(graph)
+    x = np.linspace(-60, 60, 64).round().astype(np.int64).reshape(32, 2)
+    honest = lowered.witness(x)
+    lies = {
+        f"x = {x.ravel()[i]}, {d:+}": override(honest, "q.q", [(i, d)]) for i in range(64) for d in (1, -1)
+    }
+    reject_all(lowered, x, lies)

@@ -338,7 +338,7 @@ def test_prefix_of_a_sequence_gives_the_same_first_outputs() -> None:
 
 def test_one_rotation_constant_off_by_one_is_noticed() -> None:
     """Negative control of the equalities above."""
-    graph = scan_graph(17, 4)
+    graph = scan_graph(65, 4)
     inputs = random_batch(graph, 3)
     before = traced(graph, inputs)
     graph.by_name["y"].constants["cos_Q"][0] += 1

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-gpu check clean
+.PHONY: setup demo test test-gpu check bench-digits clean
 
 setup: $(STAMP)
 
@@ -19,13 +19,14 @@ demo: setup
 	$(BIN)/mambaint demo
 
 test: setup
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not gpu and not slow"
-
-test-slow: setup
-	$(BIN)/python -m pytest -m slow
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not gpu"
 
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu
+
+# Ten minutes: three seeds of two presets with their float twins, then the demo model's circuit.
+bench-digits: setup
+	$(BIN)/python -m benchmarks.digits
 
 check: setup
 	$(BIN)/ruff check .

@@ -1,0 +1,134 @@
+"""The digits numbers of the README: three seeds, float twins, and the demo model's circuit on twenty images.
+
+Run ``make bench-digits``; results go to ``benchmarks/results/digits.json`` with hardware and versions.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+RESULT = Path(__file__).parent / "results" / "digits.json"
+SEEDS = (0, 1, 2)
+IMAGES = 20
+
+
+def mambaint(*arguments: str) -> dict[str, Any]:
+    """Run the command with --json and return what it prints."""
+    command = [sys.executable, "-m", "cli.main", *arguments, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode not in (0, 1):
+        raise SystemExit(f"{' '.join(command)}: {done.stderr}")
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+def hardware() -> dict[str, Any]:
+    """What the numbers were measured on and with."""
+    packages = ("torch", "numpy", "ezkl", "onnx", "onnxruntime")
+    model = next(
+        (
+            line.split(":", 1)[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
+        ),
+        platform.processor(),
+    )
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    return {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "commit": commit,
+    }
+
+
+def train_seeds(preset: str, folder: Path) -> dict[str, Any]:
+    """Train a preset and its twin at every seed; mean test accuracies."""
+    runs = []
+    for seed in SEEDS:
+        arguments = ("--preset", preset, "--seed", str(seed), "--out", str(folder / f"{preset}-{seed}"))
+        runs.append(mambaint("train", *arguments, "--twin", "--restart"))
+        ours, twin = runs[-1]["test_accuracy"], runs[-1]["float_twin_accuracy"]
+        print(f"{preset} seed {seed}: {ours:.4f}, twin {twin:.4f}")
+    return {
+        "test_accuracy": [run["test_accuracy"] for run in runs],
+        "float_twin_accuracy": [run["float_twin_accuracy"] for run in runs],
+        "train_seconds": [run["train_seconds"] for run in runs],
+        "mean_test_accuracy": sum(run["test_accuracy"] for run in runs) / len(runs),
+        "mean_float_twin_accuracy": sum(run["float_twin_accuracy"] for run in runs) / len(runs),
+    }
+
+
+def check_witnesses(model: Path) -> dict[str, Any]:
+    """Twenty test images through EZKL: do its constraints accept the interpreter's integers?
+
+    Every auxiliary cell that has the name of a graph tensor is compared with the interpreter as well.
+    """
+    from circuits.lowering import build_circuit
+    from mamba_int.datasets.embedded import load_digits
+    from mamba_int.graph import Graph
+    from mamba_int.interpreter import evaluate
+    from zk.prove import mock
+
+    graph = Graph.load(model)
+    lowered = build_circuit(graph)
+    images = load_digits().test_inputs[:IMAGES].numpy()
+    trace: dict[str, Any] = {}
+    logits = evaluate(graph, images, trace)
+    witnesses, compared, differ = [], 0, 0
+    for i, image in enumerate(images):
+        tensors: dict[str, Any] = {}
+        witness = lowered.witness(image, trace=tensors)
+        witnesses.append(witness)
+        differ += witness.public["logits"] != [int(v) for v in logits[i]]
+        for name, value in tensors.items():
+            compared += value.size
+            differ += int((value != trace[name][i]).sum())
+    start = time.perf_counter()
+    accepted = sum(mock(lowered.circuit, witnesses, timeout=600))
+    return {
+        "images": IMAGES,
+        "cells_compared": compared,
+        "cells_that_differ": differ,
+        "accepted_by_ezkl": accepted,
+        "mock_seconds": round(time.perf_counter() - start, 1),
+        "rows_by_part": {part: sum(kinds.values()) / 2 for part, kinds in lowered.cost.items()},
+    }
+
+
+def main(folder: Path) -> None:
+    """Measure everything and write the result file."""
+    result: dict[str, Any] = {"hardware": hardware()}
+    for preset in ("digits", "digits-large"):
+        result[preset] = train_seeds(preset, folder)
+    run = folder / "digits-0"
+    result["quantize"] = mambaint("quantize", str(run), "--out", str(folder / "model"))
+    model = Path(result["quantize"]["model"])
+    result["witness"] = check_witnesses(model)
+    digit = folder / "digit.json"
+    from mamba_int.datasets.embedded import load_digits
+
+    digit.write_text(json.dumps({"input_data": [load_digits().test_inputs[0].flatten().tolist()]}))
+    os.environ["MAMBAINT_CACHE"] = str(folder / "cache")
+    arguments = ("--input", str(digit), "--model", str(model), "--out", str(folder / "proof.json"))
+    result["prove_first"] = mambaint("prove", *arguments)
+    result["prove_again"] = mambaint("prove", *arguments)
+    result["verify"] = mambaint("verify", str(folder / "proof.json"))
+    RESULT.parent.mkdir(exist_ok=True)
+    RESULT.write_text(json.dumps(result, indent=2) + "\n")
+    print(f"written to {RESULT}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/bench-digits"))

@@ -10,20 +10,20 @@ from mamba_int.graph import Graph, Node, TensorType
 Pass = Callable[[Graph], Graph]
 
 
+def _resolve(name: str, alias: dict[str, str]) -> str:
+    while name in alias:
+        name = alias[name]
+    return name
+
+
 def _rewired(graph: Graph, alias: dict[str, str]) -> Graph:
     """Drop the nodes in ``alias`` and let their readers read what they stand for."""
-
-    def resolve(name: str) -> str:
-        while name in alias:
-            name = alias[name]
-        return name
-
     nodes = [
-        replace(node, inputs=tuple(resolve(name) for name in node.inputs))
+        replace(node, inputs=tuple(_resolve(name, alias) for name in node.inputs))
         for node in graph.nodes
         if node.name not in alias
     ]
-    return replace(graph, nodes=tuple(nodes), output=resolve(graph.output))
+    return replace(graph, nodes=tuple(nodes), output=_resolve(graph.output, alias))
 
 
 def _changes_nothing(node: Node, source: TensorType) -> bool:
@@ -34,15 +34,24 @@ def _changes_nothing(node: Node, source: TensorType) -> bool:
     return node.op == "shift" and node.integer("places") == 0
 
 
-def eliminate_identities(graph: Graph) -> Graph:
-    """Remove clamps whose argument is proven inside their range, relus of what is never negative, and
-    shifts by nothing."""
+def _identities(graph: Graph) -> dict[str, str]:
+    """Nodes that change nothing, and what they stand for; an output that bears another scale stays."""
     alias = {
         node.name: node.inputs[0]
         for node in graph.nodes
         if node.inputs and _changes_nothing(node, graph.types[node.inputs[0]])
     }
-    return _rewired(graph, alias)
+    if graph.by_name[_resolve(graph.output, alias)].frac != graph.by_name[graph.output].frac:
+        del alias[graph.output]
+    return alias
+
+
+def eliminate_identities(graph: Graph) -> Graph:
+    """Remove clamps whose argument is proven inside their range, relus of what is never negative, and
+    shifts by nothing, until none is left: a product becomes a square, and so tighter, as they go."""
+    while alias := _identities(graph):
+        graph = _rewired(graph, alias)
+    return graph
 
 
 def eliminate_dead(graph: Graph) -> Graph:
@@ -58,10 +67,7 @@ PASSES: tuple[Pass, ...] = (eliminate_identities, eliminate_dead)
 
 
 def optimize(graph: Graph, max_bits: int = 53) -> Graph:
-    """Run all passes; every intermediate graph is verified.
-
-    Intervals only shrink when a clamp that changed nothing goes, so one round reaches the fixpoint.
-    """
+    """Run all passes; every intermediate graph is verified."""
     graph.verify(max_bits)
     for run in PASSES:
         graph = run(graph).verify(max_bits)

@@ -10,6 +10,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from circuits.cells import Base, Cells, Ids, Values
+from mamba_int.errors import MambaintError
 
 OPSET = 17
 IR_VERSION = 8
@@ -41,11 +42,15 @@ class _Writer:
 
     def constant(self, values: Values) -> str:
         """A float32 initializer; every value must be exactly representable."""
-        array = values.astype(np.float64).astype(np.float32)
-        if any(
+        with np.errstate(over="ignore"):
+            array = values.astype(np.float64).astype(np.float32)
+        if not np.isfinite(array).all() or any(
             int(a) != int(b) for a, b in zip(array.ravel().tolist(), values.ravel().tolist(), strict=True)
         ):
-            raise ValueError("a circuit constant is not exact in float32")
+            raise MambaintError(
+                "a constant of the circuit is not exact in float32, which is all that ONNX lets EZKL see",
+                "lower the bit budget of the model",
+            )
         name = self.fresh()
         self.initializers.append(numpy_helper.from_array(array, name))
         return name

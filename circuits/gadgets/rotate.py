@@ -50,11 +50,12 @@ def _shear(source: Value, name: str, tensor: TensorType, constants: dict[str, np
     b, x = source.builder, source.cells()
     half = x.shape[1] // 2
     v1, v2 = x[:, :half], x[:, half:]
-    # Inside the lifting an element never exceeds three times the larger of input and result.
-    reach = 3 * max(source.type.magnitude, tensor.magnitude) + 3
+    most = source.type.magnitude
+    reach = most + shifted(int(np.abs(constants["lam"]).max()) * most, frac)
 
-    def step(target: Ids, by: Ids, factor: np.ndarray, index: int) -> Ids:
-        bound = shifted(int(np.abs(factor).max()) * reach, frac)
+    def step(target: Ids, by: Ids, factor: np.ndarray, index: int, most: int, reach: int) -> Ids:
+        """target + shift(factor by), for |by| <= most, whose result is at most ``reach``."""
+        bound = shifted(int(np.abs(factor).max()) * most, frac)
         product = Summed(
             b,
             f"{name}.product{index}",
@@ -71,9 +72,10 @@ def _shear(source: Value, name: str, tensor: TensorType, constants: dict[str, np
         total = TensorType(by.shape, -reach, reach)
         return Combination(b, f"{name}.sum{index}", total, lambda: [(target, 1), (moved.cells(), 1)]).cells()
 
-    v1 = step(v1, v2, constants["lam"], 0)
-    v2 = step(v2, v1, constants["gam"], 1)
-    v1 = step(v1, v2, constants["lam"], 2)
+    # The second and the third step give the two halves of the result, up to sign.
+    v1 = step(v1, v2, constants["lam"], 0, most, reach)
+    v2 = step(v2, v1, constants["gam"], 1, reach, tensor.magnitude)
+    v1 = step(v1, v2, constants["lam"], 2, tensor.magnitude, tensor.magnitude)
     result = np.concatenate([v1, v2], 1)
     sign = np.concatenate([constants["sign"], constants["sign"]], 1)
     if (sign < 0).any():

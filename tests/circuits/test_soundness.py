@@ -96,14 +96,15 @@ def test_every_private_cell_is_looked_up_as_itself(name: str) -> None:
 @pytest.mark.parametrize("name", [*GRAPHS, *MODELS])
 def test_no_cell_leaves_its_proven_bounds(name: str) -> None:
     graph, lowered = built(name)
+    # All but the spare cells of odd tensors and the unread results of lookups.
+    read = np.unique(np.concatenate([ids.ravel() for base in lowered.cells.bases for ids in base.operands]))
     for x in [*extreme_inputs(graph), *(random_input(graph, seed) for seed in range(3))]:
         values = lowered.cells.evaluate({MODEL_INPUT: x})
         for base in lowered.cells.bases:
             ids = np.arange(base.first, base.first + base.size)
-            cells = values.get(ids)
-            if base.op == "private":
-                cells = cells[: base.size - base.size % 2] if base.low > 0 else cells
-            assert base.low <= cells.min() and cells.max() <= base.high, base.name
+            cells = values.get(ids[np.isin(ids, read)])
+            if cells.size:
+                assert base.low <= cells.min() and cells.max() <= base.high, base.name
 
 
 @pytest.mark.parametrize("name", [*GRAPHS, *MODELS])

@@ -1,0 +1,184 @@
+"""``mambaint setup``, ``prove`` and ``verify`` as a user meets them, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cli.main import main
+from mamba_int.graph import Graph
+from mamba_int.interpreter import evaluate
+from tests.circuits_runtime.models import random_graph
+
+Capture = pytest.CaptureFixture[str]
+CLASSES = ["a", "b", "c", "d", "e"]
+STEPS = [[3, 4, 5]] * 4
+# Narrow enough for 2^12 rows, so that a proof takes half a second.
+FORMS: dict[str, Any] = {
+    "gate": "hard_sigmoid",
+    "final_norm": False,
+    "input_weights": "ternary",
+    "conv_bias": False,
+    "activate_BC": True,
+    "seq_len": 4,
+    "d_conv": 2,
+    "norm_frac": 4,
+    "norm_shift": 0,
+    "norm_input_bits": 10,
+    "residual_frac": 5,
+    "activation_bits": 4,
+    "y_bits": 5,
+    "conv_frac": 6,
+    "decay_bits": 6,
+    "A_bits": 8,
+    "G_headroom": 0,
+    "G_limit": 30,
+    "M_bits": 12,
+    "pool_bits": 6,
+}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MAMBAINT_CACHE", str(cache))
+    graph, _ = random_graph(**FORMS)
+    replace(graph, card={"task": "classification", "classes": CLASSES}).save(tmp_path / "model.mint")
+    (tmp_path / "x.json").write_text(json.dumps({"input_data": [STEPS]}))
+    return tmp_path
+
+
+class Cli:
+    """Runs commands in this process and keeps what they print."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+        self.monkeypatch, self.capsys = monkeypatch, capsys
+
+    def __call__(self, *arguments: str) -> tuple[int, str, str]:
+        self.monkeypatch.setattr(sys, "argv", ["mambaint", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        out, err = self.capsys.readouterr()
+        return int(stop.value.code or 0), out, err
+
+    def json(self, *arguments: str) -> dict[str, Any]:
+        code, out, err = self(*arguments, "--json")
+        assert code in (0, 1), err
+        result: dict[str, Any] = json.loads(out)
+        return result
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> Cli:
+    return Cli(monkeypatch, capsys)
+
+
+def test_proof_states_the_interpreters_logits_and_hides_the_input(folder: Path, cli: Cli) -> None:
+    proved = cli.json("prove", "--input", "x.json", "--model", "model.mint")
+    graph = Graph.load(folder / "model.mint")
+    expected = evaluate(graph, np.array([STEPS]))[0].tolist()
+    assert proved["outputs"] == expected and proved["model_id"] == graph.model_id
+    assert proved["predicted"] == CLASSES[int(np.argmax(expected))]
+    assert set(json.loads((folder / "proof.json").read_text())["public"]) == {"logits"}
+    verified = cli.json("verify", "proof.json")
+    assert verified["valid"] and verified["outputs"] == expected
+    assert verified["model_id"] == graph.model_id and verified["srs"] == "development"
+
+
+def test_public_input_is_part_of_the_statement(folder: Path, cli: Cli) -> None:
+    cli.json("prove", "--input", "x.json", "--model", "model.mint", "--public-input", "--out", "p/proof.json")
+    verified = cli.json("verify", "p/proof.json")
+    assert verified["valid"]
+    assert verified["public"]["input"] == [value for step in STEPS for value in step]
+    document = json.loads((folder / "p/proof.json").read_text())
+    document["public"]["input"][0] += 1
+    forged = json.dumps(document, sort_keys=True, separators=(",", ":")) + "\n"
+    (folder / "p/forged.json").write_text(forged)
+    assert not cli.json("verify", "p/forged.json")["valid"]
+
+
+def test_keys_are_made_once_and_setup_writes_the_package_prove_writes(folder: Path, cli: Cli) -> None:
+    made = cli.json("setup", "--model", "model.mint", "--out", "s/verifier.zip")
+    proved = cli.json("prove", "--input", "x.json", "--model", "model.mint")
+    assert proved["keygen_seconds"] == 0 and proved["circuit_id"] == made["circuit_id"]
+    assert (folder / "s/verifier.zip").read_bytes() == (folder / "verifier.zip").read_bytes()
+    assert cli.json("verify", "proof.json", "--verifier", "s/verifier.zip")["valid"]
+
+
+def test_one_changed_weight_is_another_model_whose_proofs_do_not_pass_for_the_first(
+    folder: Path, cli: Cli
+) -> None:
+    cli.json("prove", "--input", "x.json", "--model", "model.mint", "--out", "honest/proof.json")
+    graph = Graph.load(folder / "model.mint")
+    nodes = list(graph.nodes)
+    where = next(i for i, node in enumerate(nodes) if node.name == "layer0.in_proj")
+    weight = nodes[where].constants["weight"].copy()
+    weight[0, 0] = 0 if weight[0, 0] else 1
+    nodes[where] = replace(nodes[where], constants={**nodes[where].constants, "weight": weight})
+    other = graph.with_nodes(nodes)
+    assert other.model_id != graph.model_id
+    other.save(folder / "other.mint")
+    cli.json("prove", "--input", "x.json", "--model", "other.mint", "--out", "other/proof.json")
+    verdict = cli.json("verify", "other/proof.json", "--verifier", "honest/verifier.zip")
+    assert not verdict["valid"] and verdict["reason"]
+    verdict = cli.json("verify", "other/proof.json", "--model-id", graph.model_id)
+    assert not verdict["valid"] and verdict["reason"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--input", "none.json", "--model", "model.mint"), "none.json"),
+        (("--input", "x.json"), "mambaint quantize"),
+        (("--input", "x.json", "--model", "x.json"), "not a mambaint graph"),
+        (("--input", "high.json", "--model", "model.mint"), "high.json"),
+        (("--input", "x.json", "--model", "model.mint", "--srs", "k.srs"), "--srs-sha256"),
+        (
+            ("--input", "x.json", "--model", "model.mint", "--srs", "k.srs", "--srs-sha256", "0" * 64),
+            "k.srs",
+        ),
+    ],
+)
+def test_fault_is_one_line_and_leaves_nothing(
+    folder: Path, cli: Cli, arguments: tuple[str, ...], message: str
+) -> None:
+    (folder / "high.json").write_text(json.dumps({"input_data": [[[99, 4, 5], *STEPS[1:]]]}))
+    before = sorted(os.listdir(folder))
+    code, out, err = cli("prove", *arguments)
+    assert code == 2 and out == "" and err.count("\n") == 1 and message in err
+    assert sorted(os.listdir(folder)) == before
+
+
+def test_unwritable_place_for_the_proof_is_one_line(folder: Path, cli: Cli) -> None:
+    (folder / "file").write_text("")
+    code, _, err = cli("prove", "--input", "x.json", "--model", "model.mint", "--out", "file/proof.json")
+    assert code == 2 and err.count("\n") == 1 and "cannot write" in err
+
+
+def test_help_loads_no_heavy_library() -> None:
+    import subprocess
+
+    code = "import sys; from cli.main import mambaint\n"
+    code += "mambaint(['--help'], standalone_mode=False)\n"
+    code += "assert not {'torch', 'ezkl', 'onnx', 'numpy', 'rich'} & set(sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+
+
+def test_core_needs_neither_prover_nor_terminal() -> None:
+    import subprocess
+
+    code = "import sys, mamba_int.model, mamba_int.training, triton_kernels.ssd\n"
+    code += "assert not {'ezkl', 'rich', 'onnx', 'onnxruntime'} & set(sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0

@@ -64,6 +64,18 @@ def test_what_changes_nothing_goes_and_what_changes_something_stays() -> None:
     assert_same_numbers(graph, after)
 
 
+def test_what_changes_one_value_only_stays() -> None:
+    """Off by one in a proof of 'changes nothing'."""
+    relu = node("y", "relu", "input")
+    for entry, low, high in (
+        (relu, -1, 5),
+        (clamp("y", "input", -4, 5), -5, 5),
+        (clamp("y", "input", -5, 4), -5, 5),
+    ):
+        assert len(eliminate_identities(chain(entry, width=1, low=low, high=high)).nodes) == 2
+    assert len(eliminate_identities(chain(relu, width=1, low=0, high=5)).nodes) == 1
+
+
 def test_chain_of_identities_leads_back_to_its_source() -> None:
     graph = chain(
         clamp("a", "input", -9, 9),

@@ -78,6 +78,10 @@ class _Writer:
             bases = [company, *bases]
         elif whole:
             return bases[0].name if ids.shape == bases[0].shape else self.reshape(bases[0].name, ids.shape)
+        in_order = np.concatenate([np.arange(base.first, base.first + base.size) for base in bases])
+        if len(bases) > 1 and np.array_equal(in_order, ids.ravel()):
+            # A Concat that no Gather follows would make the optimizer split the einsum that reads it.
+            bases.reverse()
         flat, position, offset = [], np.zeros(ids.shape, dtype=np.int64), 0
         for base in bases:
             inside = (ids >= base.first) & (ids < base.first + base.size)
@@ -96,10 +100,9 @@ class _Writer:
                 offset += base.size
         joined = flat[0] if len(flat) == 1 else self.node("Concat", flat, axis=0)
         order = position.ravel().tolist()
-        if order != list(range(offset)):
-            # Gather with a single index becomes a Slice that costs its whole input; GatherElements is free.
-            op = "Gather" if len(order) > 1 else "GatherElements"
-            joined = self.node(op, [joined, self.integers(order)], axis=0)
+        # Gather with a single index becomes a Slice that costs its whole input; GatherElements is free.
+        op = "Gather" if len(order) > 1 else "GatherElements"
+        joined = self.node(op, [joined, self.integers(order)], axis=0)
         return joined if ids.ndim == 1 else self.reshape(joined, ids.shape)
 
 

@@ -120,7 +120,6 @@ class _Chunk:
         self.inputs = inputs
         self.X = x.reshape(self.length, self.heads, self.P)
         self.Bh, self.Ch, self.n = Bh, Ch, n
-        self.Bn = inputs[4].cells()[start:stop] if len(inputs) == 5 else None
         self.H = H
         self._A: dict[tuple[int, int], Ids] = {}
         with b.part(f"{node.name}.A"):
@@ -279,13 +278,14 @@ class _Chunk:
     def next_state(self) -> Ids:
         """H' [H, P, N] in the next chunk's frame."""
         b, a, last = self.b, self.a, self.length - 1
-        assert self.Bn is not None
         fA, fR = a["A_bits"], a["rotation_frac"]
-        half = self.Bn.shape[-1] // 2
+        # Read here only: a scan of one chunk has no use for B'.
+        Bn = self.inputs[4].cells()[self.start : self.start + self.length]
+        half = Bn.shape[-1] // 2
         with b.part(f"{self.node.name}.beta"):
             A = np.stack([self._A[last, s] for s in range(self.length)])  # [s, H]
             left = np.broadcast_to(A[:, :, None], (*A.shape, 2 * half))
-            right = np.broadcast_to(self.Bn[:, None], left.shape)
+            right = np.broadcast_to(Bn[:, None], left.shape)
             scaled = self._scaled(right)
             reach = self.bounds.beta << a["beta_shift"]
             product = Summed(

@@ -224,6 +224,8 @@ GRAPHS: dict[str, Callable[[], Graph]] = {
     "linear_shifted_two_groups": lambda: _linear(-1, 1, 9, False, places=3),
     "linear_shifted_two_packs": lambda: _linear(-1, 1, 17, True, places=3, J=3, K=5),
     "linear_split_shift": lambda: _linear(-120, 120, 3, True, places=6),
+    # What a dot reads is in order here, where a plain Concat would make EZKL's optimizer split the dot.
+    "linear_one_output": lambda: _linear(-3, 3, 3, False, J=1, K=3),
     "linear_pooled": lambda: chain(
         node("last", "reduce", "input", kind="last"),
         node("lin", "linear", "last", constants={"weight": _weights(-9, 9, 3, 4), "bias": [100, -3, 0]}),
@@ -335,6 +337,14 @@ MODELS: dict[str, dict[str, Any]] = {
     "int8_weights": {"weights": "int8", "input_weights": "ternary", "seq_len": 3},
     "last_unnormed": {"pooling": "last", "final_norm": False, "conv_bias": False, "seq_len": 3},
     "mean_unnormed": {"final_norm": False, "seq_len": 3},
+    "one_of_each": {"n_features": 1, "d_model": 1, "headdim": 1, "seq_len": 7, "n_classes": 1, "d_conv": 1},
+    "language_model_of_one_chunk": {
+        "task": "language_model",
+        "vocab_size": 2,
+        "seq_len": 2,
+        "chunk_size": 3,
+        "rotation": "shear",
+    },
     "language_model": {"task": "language_model", "vocab_size": 5, "seq_len": 3, "chunk_size": 2},
     "default_budget": {
         **{key: getattr(MambaIntConfig(), key) for key in TINY if "_bits" in key or "_frac" in key},

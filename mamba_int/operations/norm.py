@@ -31,7 +31,10 @@ class Norm(Operation):
         (x,) = inputs
         d, levels, limit = x.shape[-1], node.integer("levels"), node.integer("input_limit")
         k_in, places = node.integer("input_shift"), self.places(node)
-        check(0 < levels <= 16 and k_in >= 0 and limit > 0, "levels, input_shift or input_limit out of range")
+        check(
+            0 < levels <= 16 and 0 <= k_in <= 40 and limit > 0,
+            "levels, input_shift or input_limit out of range",
+        )
         squared = min(limit, shifted(x.magnitude, k_in))
         clamped = shifted(x.magnitude, k_in) > limit
         bounds = [x.magnitude]

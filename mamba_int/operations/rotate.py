@@ -32,6 +32,7 @@ class Rotate(Operation):
         frac, period, half = node.integer("constant_frac"), node.integer("period"), x.shape[-1] // 2
         names = ("cos", "sin") if node.attributes["form"] == "table" else ("lam", "gam", "sign")
         check(node.attributes["form"] in ("table", "shear"), f"form = {node.attributes['form']}")
+        check(0 <= frac <= 24, f"constant_frac = {frac}")
         for name in names:
             check(node.constants[name].shape == (period, half), f"{name} does not fit")
         check(x.shape[-1] % 2 == 0, "needs pairs")

@@ -124,11 +124,14 @@ class Ssd(Operation):
         a = node.attributes
         k, P = node.integer("decay_bits"), node.integer("headdim")
         heads, state = n.shape[-1], B_hat.shape[-1]
+        check(all(int(a[key]) >= 0 for key in a), "negative attribute")
+        check(1 <= node.integer("chunk_size") <= 1 << 12, "chunk_size is not inside 1..4096")
+        shifts = a.keys() - {"chunk_size", "headdim", "G_limit"}
+        check(all(int(a[key]) <= 48 for key in shifts), "a shift or width exceeds 48 bits")
         check(x.shape[-1] == heads * P, "x does not fit heads * headdim")
         check(C_hat.shape == B_hat.shape and (B_next is None or B_next.shape == B_hat.shape), "B, C differ")
         check(n.low >= 0 and n.high < 1 << k, "decays are not inside 0..2^k - 1")
         check(node.integer("A_bits") >= max(k, node.integer("A_u_bits")), "A_bits is too small")
-        check(all(int(a[key]) >= 0 for key in a), "negative attribute")
         check(node.constants["D"].shape == (heads,), "D does not fit the heads")
         rotation_norm = 0.0
         if B_next is not None:

@@ -340,6 +340,27 @@ def test_operation_that_does_not_fit_is_refused_by_name(entry: Node) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("value", [-1, 10**9, 10**30])
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [("layer0.norm_wide", "input_shift"), ("layer0.norm_wide", "levels"), ("layer0.B_hat", "constant_frac")]
+    + [
+        ("layer0.ssd", key) for key in ("chunk_size", "M_shift", "H_align", "u_align", "A_bits", "decay_bits")
+    ],
+)
+def test_absurd_attribute_is_refused_at_once(graph: Graph, name: str, key: str, value: int) -> None:
+    """Not after 10^30 rounds of a loop, and not by running out of memory."""
+    attributes = dict(graph.by_name[name].attributes) | {key: value}
+    with pytest.raises(MambaintError, match="is malformed"):
+        with_node(graph, name, attributes=attributes).verify()
+
+
+def test_scan_without_chunks_is_refused(graph: Graph) -> None:
+    attributes = dict(graph.by_name["layer0.ssd"].attributes) | {"chunk_size": 0}
+    with pytest.raises(MambaintError, match="chunk_size is not inside"):
+        with_node(graph, "layer0.ssd", attributes=attributes).verify()
+
+
 def test_bit_rule_names_the_node_that_breaks_it() -> None:
     square, fourth = node("square", "mul", "input", "input"), node("fourth", "mul", "square", "square")
     graph = chain(square, fourth, width=1, low=0, high=65)

@@ -137,7 +137,7 @@ class Graph:
             operation = OPERATIONS[node.op]
             try:
                 types[node.name] = operation.infer(node, [types[name] for name in node.inputs], self.seq_len)
-            except (KeyError, ValueError, IndexError, TypeError) as error:
+            except (KeyError, ValueError, IndexError, TypeError, OverflowError) as error:
                 raise _malformed(node.name, f"({node.op}) is malformed: {error}") from error
         return types
 
@@ -239,6 +239,7 @@ class Graph:
             described, model_id = document["graph"], document["model_id"]
             if described["format"] != FORMAT or described["version"] != VERSION:
                 raise MambaintError(f"{path} has graph version {described['version']}, not {VERSION}", remedy)
+            _check_fields(described, tensors)
             nodes = tuple(
                 Node(
                     name=entry["name"],
@@ -253,11 +254,45 @@ class Graph:
                 for entry in described["nodes"]
             )
             graph = cls(nodes, described["output"], described["seq_len"], described["card"])
-        except (KeyError, TypeError, AttributeError) as error:
+        except KeyError as error:
             raise MambaintError(f"{path} lacks {error}", remedy) from error
+        except (TypeError, AttributeError, ValueError) as error:
+            raise MambaintError(f"{path} is not a well-formed graph ({error})", remedy) from error
         if graph.model_id != model_id or graph._describe() != described:
             raise MambaintError(f"{path} was altered: its content does not match its model id", remedy)
         return graph.verify()
+
+
+def _check_fields(described: dict[str, Any], tensors: dict[str, NDArray[Any]]) -> None:
+    """Refuse, with TypeError or ValueError, fields of other types than :meth:`Graph.save` writes."""
+
+    def need(value: Any, kind: type, what: str) -> None:
+        if type(value) is not kind:
+            raise TypeError(f"{what} is not of type {kind.__name__}")
+
+    need(described["card"], dict, "card")
+    need(described["output"], str, "output")
+    need(described["seq_len"], int, "seq_len")
+    if described["seq_len"] < 1:
+        raise ValueError("seq_len is not positive")
+    named = set()
+    for entry in described["nodes"]:
+        for key, kind in (("name", str), ("op", str), ("inputs", list), ("attributes", dict), ("frac", int)):
+            need(entry[key], kind, key)
+        need(entry["constants"], dict, "constants")
+        for name in entry["inputs"]:
+            need(name, str, "an input")
+        for value in entry["attributes"].values():
+            if type(value) not in (int, str, bool):
+                raise TypeError("an attribute is neither integer, text nor truth value")
+        named |= {f"{entry['name']}:{key}" for key in entry["constants"]}
+    lost = named - set(tensors)
+    if lost:
+        raise KeyError(min(lost))
+    if named != set(tensors):
+        raise ValueError("it holds constants that no node names")
+    if any(tensor.dtype.kind != "i" for tensor in tensors.values()):
+        raise TypeError("a constant is not of integer type")
 
 
 def _malformed(name: str, what: str) -> MambaintError:

@@ -21,6 +21,7 @@ from mamba_int.native import (
     NativeNodes,
     activation_names,
     build_nodes,
+    largest_y_frac,
     weight_names,
 )
 from triton_kernels.clamp import saturate
@@ -171,7 +172,7 @@ class MambaInt(nn.Module):
             middle = torch.zeros(c.d_inner + 2 * c.d_state)
             dt = self.parameter(f"{layer}.decay_bias") * 2.0**-c.dt_gain
             device = dt.device
-            return torch.cat([gate.to(device), middle.to(device), dt]), 1 << 15
+            return torch.cat([gate.to(device), middle.to(device), dt]), 1 << 13
         if key in ("cos", "sin", "cos_Q", "sin_Q", "lam", "gam"):
             return self._rotation(owner, key, layer), 1 << 12
         limits = {"taps": 127, "D": 127, "table": (1 << 11) - 1, "bias": 1 << 18}
@@ -236,7 +237,13 @@ class MambaInt(nn.Module):
         names = [*self.weight_scales, *self.activation_scales]
         limits = [self._BC_range if name.endswith(".BC") else (0, MAX_FRAC) for name in names]
         fracs = [min(max(f, low), high) for f, (low, high) in zip(fracs, limits, strict=True)]
-        self.fracs.copy_(torch.tensor(fracs))
+        by_name = dict(zip(names, fracs, strict=True))
+        for name in names:
+            if name.endswith(".y"):
+                layer = name.removesuffix(".y")
+                most = largest_y_frac(self.config, by_name[f"{layer}.x"], by_name[f"{layer}.BC"])
+                by_name[name] = min(by_name[name], most)
+        self.fracs.copy_(torch.tensor(list(by_name.values())))
 
     def _bits(self, name: str) -> int:
         """Width a static scale fills: ``y`` may be wider than int8, but is scaled as int8."""
@@ -244,6 +251,8 @@ class MambaInt(nn.Module):
 
     def observe(self, inputs: Tensor) -> None:
         """First estimate of all static scales, from one unrounded forward over ``inputs``."""
+        self._observe_weights()
+        self._update_fracs()
         built, values = self._run(inputs, rounding=False)
         self._observe_activations(built, values)
         self._update_fracs()

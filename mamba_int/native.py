@@ -46,13 +46,21 @@ def weight_names(config: MambaIntConfig) -> list[str]:
 def activation_names(config: MambaIntConfig) -> list[str]:
     """Activations that carry a static power-of-two scale, in a fixed order."""
     per_layer = []
-    if config.weights == "int8":
+    if requantizes_projection(config):
         per_layer.append("xBC_in")
     if config.gate != "hard_sigmoid":
         per_layer += ["z", "g", "v"]
     per_layer += ["x", "BC", "y"]
     names = [f"layer{i}.{name}" for i in range(config.n_layer) for name in per_layer]
     return names + (["pooled"] if pools(config) else [])
+
+
+def requantizes_projection(config: MambaIntConfig) -> bool:
+    """Whether x, B and C become int8 before the convolution.
+
+    Ternary accumulators of up to 256 terms times int8 taps fit 24 bits as they are.
+    """
+    return config.weights == "int8" or config.d_model > 256
 
 
 def pools(config: MambaIntConfig) -> bool:
@@ -195,7 +203,7 @@ def _block(b: _Builder, c: MambaIntConfig, fracs: Mapping[str, int], layer: str,
 
     z_in, dt = part("z_in", 0, E), part("dt", 2 * E + 2 * N, 2 * E + 2 * N + c.n_heads)
     x_in, BC_in = part("x_in", E, 2 * E), part("BC_in", 2 * E, 2 * E + 2 * N)
-    if c.weights == "int8":
+    if requantizes_projection(c):
         x_in = b.requantize(at("x_in_int8"), x_in, fracs[at("xBC_in")], bits)
         BC_in = b.requantize(at("BC_in_int8"), BC_in, fracs[at("xBC_in")], bits)
         b.result.observed[at("xBC_in")] = b.result.observed.pop(at("x_in_int8"))
@@ -295,7 +303,8 @@ def BC_frac_range(c: MambaIntConfig) -> tuple[int, int]:
     Raises:
         MambaintError: if there are none: the bit budget is too large for this shape.
     """
-    allowed = [f_B for f_B in range(MAX_FRAC + 1) if _scan_peak(c, f_B) <= 1 << 24]
+    # The alignments depend on f_B alone, so any f_x will do.
+    allowed = [f_B for f_B in range(MAX_FRAC + 1) if _worst_scan(c, 5, f_B).peak <= 1 << 24]
     if not allowed:
         raise MambaintError(
             f"[model] the scan exceeds 24 bits at chunk_size = {c.chunk_size}, d_state = {c.d_state}",
@@ -305,9 +314,14 @@ def BC_frac_range(c: MambaIntConfig) -> tuple[int, int]:
     return allowed[0], allowed[-1]
 
 
-def _scan_peak(c: MambaIntConfig, f_B: int) -> int:
-    """Largest intermediate of the scan for the worst constants and inputs."""
-    f_x = 5  # the alignments depend on f_B alone
+def largest_y_frac(c: MambaIntConfig, f_x: int, f_B: int) -> int:
+    """Most binary places of y for which its quotient provably stays within ``quotient_bits``."""
+    places = (_worst_scan(c, f_x, f_B).magnitude >> c.quotient_bits).bit_length()
+    return scan_fracs(c, f_x, f_B).y - places
+
+
+def _worst_scan(c: MambaIntConfig, f_x: int, f_B: int) -> TensorType:
+    """Type of the scan's accumulator for the worst constants and inputs."""
     carried = chunked(c)
     rotated = ceil(2**0.5 * ((1 << c.activation_bits) - 1) + 1)
     x = TensorType((c.seq_len, c.d_inner), -(1 << c.activation_bits), 1 << c.activation_bits)
@@ -320,9 +334,9 @@ def _scan_peak(c: MambaIntConfig, f_B: int) -> int:
     node = Node("ssd", "ssd", (), scan_attributes(c, f_x, f_B), constants)
     inputs = [x, B, B, n, B] if carried else [x, B, B, n]
     try:
-        return OPERATIONS["ssd"].infer(node, inputs, c.seq_len).peak
+        return OPERATIONS["ssd"].infer(node, inputs, c.seq_len)
     except ValueError:
-        return 1 << 62
+        return TensorType(x.shape, -(1 << 62), 1 << 62)
 
 
 def scan_attributes(c: MambaIntConfig, f_x: int, f_B: int) -> dict[str, int]:

@@ -156,9 +156,6 @@ def decode_package(raw: bytes, source: str) -> Package:
         raise _refusal(source, str(error)) from error
     except MambaintError as error:
         raise _refusal(source, error.cause) from error
-    except ValueError as error:
-        # 1e999 is read as infinity, which has no canonical form.
-        raise _refusal(source, f"it holds a number that is none ({error})") from error
     return package
 
 

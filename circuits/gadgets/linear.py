@@ -78,46 +78,69 @@ class LinearValue(Value):
 
     def shifted(self, name: str, tensor: TensorType, places: int) -> Value:
         b, k = self.builder, self.builder.logrows
-        if places > k - 4 or not b.fits(tensor.low, tensor.high):
+        if places > 2 * (k - 4) or not b.fits(tensor.low, tensor.high):
             return super().shifted(name, tensor, places)
         return Computed(b, name, tensor, lambda: self._emit_shifted(name, tensor, places))
 
     def _emit_shifted(self, name: str, tensor: TensorType, places: int) -> Ids:
-        b, k = self.builder, self.builder.logrows
-        m, window = 1 << (k - places), 1 << (k - 1)
-        steps = len(self._source.cells())
-        group = FLOAT_BITS // (2 * k)
-        most = min(2 * group, FIELD_BITS // (2 * k))
-        packs = []
-        for start in range(0, steps, most):
-            stop = min(start + most, steps)
-            exact, suffix = self._exact(start, stop), f"{start}" if start else ""
+        """Packs of digits m acc = 2^k q + rho; beyond k - 4 places m (acc - half) = 2^(k+c) q + 2^k h + rho.
 
-            def quotient(get: Get, exact: Hint = exact) -> Values:
-                return rounding_shift(exact(get), places)
-
-            shape = (stop - start, len(self._weight))
-            q = b.private(f"{name}.q{suffix}", shape, tensor.low, tensor.high, quotient)
-            b.check(q)
-            terms = self._packed_terms(start, stop, 2 * k, m)
-            digits = [(q[t], t, 1 << k) for t in range(stop - start)]
-            if stop - start > 1:
-
-                def remainder(get: Get, exact: Hint = exact, q: Ids = q) -> Values:
-                    rest: Values = m * exact(get) - (get(q) << k)
-                    return rest[1:]
-
-                shape = (stop - start - 1, len(self._weight))
-                rho = b.check(b.private(f"{name}.rho{suffix}", shape, -window, window - m, remainder))
-                digits += [(rho[t - 1], t, 1) for t in range(1, stop - start)]
-            low = [(ids, c << (2 * k * t)) for ids, t, c in digits if t < group]
-            high = [(ids, c << (2 * k * (t - group))) for ids, t, c in digits if t >= group]
-            terms += [(ids, np.full(ids.shape, -c, dtype=object)) for ids, c in low]
-            if high:
-                terms.append(self._high_group(high, 2 * k * group))
-            b.check(self._total(terms, (-window, window - m)))
-            packs.append(q)
+        The second form splits the remainder as ``Shifted`` does: h is checked against a window of exactly
+        2^c, and the digits have base 2^(2k+c), which is still wider than their range.
+        """
+        k = self.builder.logrows
+        fine = min(places, k - 4)
+        steps, bits = len(self._source.cells()), 2 * k + places - fine
+        most = min(2 * (FLOAT_BITS // bits), FIELD_BITS // bits)
+        packs = [
+            self._emit_pack(name, tensor, start, min(start + most, steps), fine, places - fine)
+            for start in range(0, steps, most)
+        ]
         return np.concatenate(packs)
+
+    def _emit_pack(self, name: str, tensor: TensorType, start: int, stop: int, fine: int, coarse: int) -> Ids:
+        b, k, places = self.builder, self.builder.logrows, fine + coarse
+        m, window, bits = 1 << (k - fine), 1 << (k - 1), 2 * k + coarse
+        half = 1 << (fine - 1) if coarse else 0
+        exact, suffix = self._exact(start, stop), f"{start}" if start else ""
+        shape = (stop - start, len(self._weight))
+
+        def quotient(get: Get) -> Values:
+            return rounding_shift(exact(get), places)
+
+        q = b.check(b.private(f"{name}.q{suffix}", shape, tensor.low, tensor.high, quotient))
+        parts = [(q, k + coarse)]
+        if coarse:
+            reach = 1 << (coarse - 1)
+
+            def limb(get: Get) -> Values:
+                rest: Values = exact(get) - (get(q) << places) + (1 << (places - 1))
+                return (rest >> fine) - reach
+
+            h = b.check(b.private(f"{name}.h{suffix}", shape, -reach, reach - 1, limb))
+            b.check(b.mul(h, b.constant([1 << (k - coarse)])))
+            parts.append((h, k))
+
+        def remainder(get: Get) -> Values:
+            rest = m * (exact(get) - half)
+            for ids, exponent in parts:
+                rest = rest - (get(ids) << exponent)
+            return rest[1:]
+
+        digits = [(ids[t], t, 1 << exponent) for ids, exponent in parts for t in range(stop - start)]
+        if stop - start > 1:
+            shape = (stop - start - 1, shape[1])
+            rho = b.check(b.private(f"{name}.rho{suffix}", shape, -window, window - m, remainder))
+            digits += [(rho[t - 1], t, 1) for t in range(1, stop - start)]
+        group = FLOAT_BITS // bits
+        terms = self._packed_terms(start, stop, bits, m, half)
+        low = [(ids, c << (bits * t)) for ids, t, c in digits if t < group]
+        high = [(ids, c << (bits * (t - group))) for ids, t, c in digits if t >= group]
+        terms += [(ids, np.full(ids.shape, -c, dtype=object)) for ids, c in low]
+        if high:
+            terms.append(self._high_group(high, bits * group))
+        b.check(self._total(terms, (-window, window - m)))
+        return q
 
     def sliced(self, name: str, tensor: TensorType, start: int, stop: int) -> Value:
         if self._fits:
@@ -146,10 +169,12 @@ class LinearValue(Value):
             total = b.dot("kj,k->j", np.stack([ids for ids, _ in digits]), coefficients)
         return total, np.full(total.shape, -(1 << exponent), dtype=object)
 
-    def _packed_terms(self, start: int, stop: int, bits: int, m: int) -> list[tuple[Ids, Values]]:
-        """The packed product m sum_t 2^(bits t) (x_t W^T + b) as terms (cells [J], coefficients [J])."""
-        b, x = self.builder, self._source.cells()[start:stop]
-        biased = bool(self._bias.any())
+    def _packed_terms(
+        self, start: int, stop: int, bits: int, m: int, less: int = 0
+    ) -> list[tuple[Ids, Values]]:
+        """m sum_t 2^(bits t) (x_t W^T + b - less) as terms (cells [J], coefficients [J])."""
+        b, x, bias = self.builder, self._source.cells()[start:stop], self._bias - less
+        biased = bool(bias.any())
         if biased:
             ones = b.constant(np.ones((stop - start, 1), dtype=object))
             x = np.concatenate([x, ones], 1)
@@ -160,7 +185,7 @@ class LinearValue(Value):
         ]
         if biased:
             spread = np.broadcast_to(packed[-1:], (len(self._weight),))
-            terms.append((spread, self._bias.astype(object) * m))
+            terms.append((spread, bias.astype(object) * m))
         return terms
 
     def _pack(self, x: Ids, bits: int) -> Ids:
@@ -173,7 +198,9 @@ class LinearValue(Value):
         if len(parts) == 1:
             return parts[0]
         far = b.constant(np.array([1, 1 << bits * group], dtype=object))
-        return b.dot("gk,g->k", np.stack(parts), far)
+        low, high = b.bounds(x)
+        reach = max(-low, high) << (bits * len(x))
+        return b.dot("gk,g->k", np.stack(parts), far, (-reach, reach))
 
     def _total(self, terms: list[tuple[Ids, Values]], bounds: tuple[int, int]) -> Ids:
         left = np.stack([ids for ids, _ in terms])

@@ -259,14 +259,21 @@ FORGERIES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         "exactly one input",
     ),
     "no_input": (lambda g: g["nodes"].pop(0), "before it is defined|exactly one input"),
-    "no_nodes": (lambda g: g.update(nodes=[]), "exactly one input"),
+    "card_is_text": (lambda g: g.update(card="x"), "card is not of type dict"),
+    "card_is_null": (lambda g: g.update(card=None), "card is not of type dict"),
+    "nested_input": (lambda g: g["nodes"][1].update(inputs=[[1]]), "an input is not of type str"),
+    "name_is_no_text": (lambda g: g["nodes"][1].update(name={}), "name is not of type str"),
+    "frac_is_text": (lambda g: g["nodes"][-1].update(frac="x"), "frac is not of type int"),
+    "frac_is_no_whole_number": (lambda g: g["nodes"][-1].update(frac=3.5), "frac is not of type int"),
+    "no_steps": (lambda g: g.update(seq_len=0), "seq_len is not positive"),
+    "no_nodes": (lambda g: g.update(nodes=[]), "constants that no node names"),
     "no_output": (lambda g: g.update(output="nowhere"), "'nowhere' is named as output but not defined"),
     "too_few_operands": (lambda g: g["nodes"][-1].update(inputs=[]), "malformed"),
     "too_many_operands": (lambda g: g["nodes"][-1].update(inputs=["input", "input"]), "malformed"),
     "other_shape": (lambda g: g["nodes"][0]["attributes"].update(features=4), "does not fit the input"),
     "empty_interval": (lambda g: g["nodes"][0]["attributes"].update(low=99), "low exceeds high"),
     "lost_attribute": (lambda g: g["nodes"][0]["attributes"].pop("low"), "malformed"),
-    "lost_constant": (lambda g: g["nodes"][1]["constants"].pop("weight"), "malformed"),
+    "lost_constant": (lambda g: g["nodes"][1]["constants"].pop("weight"), "constants that no node names"),
 }
 
 

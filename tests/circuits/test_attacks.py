@@ -89,6 +89,39 @@ def test_split_remainder_traded_with_the_quotient() -> None:
     reject_all(lowered, x, lies)
 
 
+def test_packed_split_remainder_traded_between_quotient_limb_remainder_and_next_step() -> None:
+    lowered, x, honest = setup("linear_split_shift")
+    graph, _ = built("linear_split_shift")
+    k, outputs = lowered.circuit.logrows, graph.types["q"].shape[-1]
+    coarse = graph.by_name["q"].integer("places") - (k - 4)
+    assert coarse > 0 and {"q.q", "q.h", "q.rho"} <= set(privates(lowered)), "the packed, split form"
+    steps, lies = len(x), {}
+    for sign in (1, -1):
+        for t in range(1, steps):
+            here, rho = t * outputs, (t - 1) * outputs
+            lies[f"quotient and limb of step {t} {sign:+}"] = change(
+                honest, {"q.q": [(here, sign)], "q.h": [(here, -sign << coarse)]}
+            )
+            lies[f"limb and remainder of step {t} {sign:+}"] = change(
+                honest, {"q.h": [(here, sign)], "q.rho": [(rho, -sign << k)]}
+            )
+            lies[f"quotient and remainder of step {t} {sign:+}"] = change(
+                honest, {"q.q": [(here, sign)], "q.rho": [(rho, -sign << k + coarse)]}
+            )
+            lies[f"quotient of step {t - 1} into the remainder of {t} {sign:+}"] = change(
+                honest, {"q.q": [(here - outputs, sign << k)], "q.rho": [(rho, -sign)]}
+            )
+        lies[f"quotient and limb of the computed digit {sign:+}"] = change(
+            honest, {"q.q": [(0, sign)], "q.h": [(0, -sign << coarse)]}
+        )
+        lies[f"limb into the computed digit {sign:+}"] = change(honest, {"q.h": [(0, sign)]})
+        fraction = sign * pow(1 << coarse, -1, FIELD)
+        lies[f"fraction of a quotient into the limb {sign:+}"] = change(
+            honest, {"q.q": [(0, fraction)], "q.h": [(0, -sign)]}
+        )
+    reject_all(lowered, x, lies)
+
+
 @pytest.mark.parametrize("name", ["embedding", "norm", "norm_clamped"])
 def test_one_hot_shifted_doubled_negative_empty_or_with_two_ones(name: str) -> None:
     lowered, x, honest = setup(name)

@@ -330,7 +330,8 @@ def _worst_scan(c: MambaIntConfig, f_x: int, f_B: int) -> TensorType:
     constants = {"D": np.full(c.n_heads, 127)}
     if carried:
         half = c.d_state // 2
-        constants |= {"cos_Q": np.full(half, 1 << c.rotation_frac), "sin_Q": np.zeros(half, np.int64)}
+        # Rounded cosines and sines may leave the unit circle by less than one unit.
+        constants |= {"cos_Q": np.full(half, (1 << c.rotation_frac) + 1), "sin_Q": np.zeros(half, np.int64)}
     node = Node("ssd", "ssd", (), scan_attributes(c, f_x, f_B), constants)
     inputs = [x, B, B, n, B] if carried else [x, B, B, n]
     try:

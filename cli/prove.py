@@ -57,7 +57,7 @@ def command(
     graph = Graph.load(resolve_model(model))
     inputs = read_input(input_path, graph)
     with activity(as_json) as say:
-        ready = prepare(model, public_input, srs_path, srs_sha256, say, graph)
+        ready = prepare(graph, public_input, srs_path, srs_sha256, say)
         say("proving")
         witness = witness_of(graph, ready.lowered, inputs)
         proof = prove(ready.lowered.circuit, witness, ready.keys, ready.package)

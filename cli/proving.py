@@ -103,22 +103,19 @@ def sample_input(graph: Graph) -> IntArray:
 
 
 def prepare(
-    model: Path | None,
+    graph: Graph,
     public_input: bool,
     srs_path: Path | None,
     srs_sha256: str | None,
     say: Callable[[str], None],
-    graph: Graph | None = None,
 ) -> Provable:
-    """Load a model, build its circuit, and get its keys: from the cache, or made now.
+    """Build the circuit of a model, and get its keys: from the cache, or made now.
 
     Raises:
-        MambaintError: for any of the faults of loading, lowering, the SRS and key generation.
+        MambaintError: for any of the faults of lowering, the SRS and key generation.
     """
     from circuits.lowering import build_circuit
     from mamba_int.errors import MambaintError
-    from mamba_int.graph import Graph
-    from quantize.latest import resolve_model
     from zk.keys import make_keys
     from zk.srs import ceremony_srs, development_srs
 
@@ -126,8 +123,6 @@ def prepare(
         raise MambaintError(
             "--srs and --srs-sha256 belong together", "give the ceremony file and the hash it is known by"
         )
-    if graph is None:
-        graph = Graph.load(resolve_model(model))
     say("building the circuit")
     lowered = build_circuit(graph, public_input)
     logrows = lowered.circuit.logrows

@@ -39,9 +39,12 @@ def command(
     """
     from cli.proving import prepare
     from mamba_int.files import write_bytes
+    from mamba_int.graph import Graph
+    from quantize.latest import resolve_model
 
+    graph = Graph.load(resolve_model(model))
     with activity(as_json) as say:
-        ready = prepare(model, public_input, srs_path, srs_sha256, say)
+        ready = prepare(graph, public_input, srs_path, srs_sha256, say)
     write_bytes(out, ready.package)
     circuit, keys = ready.lowered.circuit, ready.keys
     result = {

@@ -138,6 +138,12 @@ class MambaInt(nn.Module):
         small = [p for p in self.parameters() if p.dim() < 2]
         return [{"params": matrices, "lr": learning_rate}, {"params": small, "lr": learning_rate}]
 
+    def _weight_form(self, owner: str) -> str:
+        """``ternary`` or ``int8``: the form of the matrix of node ``owner``."""
+        if owner == "logits":
+            return "int8"
+        return self.config.input_weights if owner == "embed" else self.config.weights
+
     # -- constants ---------------------------------------------------------------------------------------
 
     def constant(self, name: str, frac: int) -> Tensor:
@@ -145,12 +151,11 @@ class MambaInt(nn.Module):
 
         The float twin gets the unrounded values on the same scale.
         """
-        c = self.config
         owner, key = name.rsplit(".", 1)
         layer = owner.split(".")[0]
         if key == "weight":
             weight = self.parameter(name)
-            form = c.input_weights if owner == "embed" else "int8" if owner == "logits" else c.weights
+            form = self._weight_form(owner)
             if not self.exact:
                 return weight * 2.0**frac
             return ternarize(weight, frac) if form == "ternary" else quantize_parameter(weight, frac, 127)
@@ -205,7 +210,7 @@ class MambaInt(nn.Module):
     def _observe_weights(self) -> None:
         for i, name in enumerate(self.weight_scales):
             weight = self.parameter(f"{name}.weight")
-            form = self.config.input_weights if name == "embed" else self.config.weights
+            form = self._weight_form(name)
             mean = weight.abs().mean()
             # ternary: 2^-frac nearest mean|W|; int8: four times the root mean square fits 127
             self.statistics[i] = mean if form == "ternary" else weight.pow(2).mean().sqrt() * (4 / 127)
@@ -227,7 +232,7 @@ class MambaInt(nn.Module):
         split = len(self.weight_scales)
         fracs = [-round(math.log2(max(v, 1e-9))) for v in values[:split]]
         for i, name in enumerate(self.weight_scales):
-            form = self.config.input_weights if name == "embed" else self.config.weights
+            form = self._weight_form(name)
             if form == "int8":
                 fracs[i] = math.floor(-math.log2(max(values[i], 1e-9)))
         for name, mean_square in zip(self.activation_scales, values[split:], strict=True):

@@ -71,7 +71,7 @@ class LinearValue(Value):
                     later_digits,
                 )
                 rows.append(b.check(digits))
-                terms += self._subtract([(digits[t - 1], t) for t in range(1, stop - start)], k, group)
+                terms += self._subtract([(digits[t - 1], t, 1) for t in range(1, stop - start)], k)
             rows.insert(0, b.check(self._total(terms, (self.type.low, self.type.high)))[None])
             packs.append(np.concatenate(rows))
         return np.concatenate(packs)
@@ -132,13 +132,7 @@ class LinearValue(Value):
             shape = (stop - start - 1, shape[1])
             rho = b.check(b.private(f"{name}.rho{suffix}", shape, -window, window - m, remainder))
             digits += [(rho[t - 1], t, 1) for t in range(1, stop - start)]
-        group = FLOAT_BITS // bits
-        terms = self._packed_terms(start, stop, bits, m, half)
-        low = [(ids, c << (bits * t)) for ids, t, c in digits if t < group]
-        high = [(ids, c << (bits * (t - group))) for ids, t, c in digits if t >= group]
-        terms += [(ids, np.full(ids.shape, -c, dtype=object)) for ids, c in low]
-        if high:
-            terms.append(self._high_group(high, bits * group))
+        terms = self._packed_terms(start, stop, bits, m, half) + self._subtract(digits, bits)
         b.check(self._total(terms, (-window, window - m)))
         return q
 
@@ -154,11 +148,14 @@ class LinearValue(Value):
 
     # -- packing -----------------------------------------------------------------------------------------
 
-    def _subtract(self, digits: list[tuple[Ids, int]], bits: int, group: int) -> list[tuple[Ids, Values]]:
-        """Terms -2^(bits t) digit_t, the far ones gathered first because float32 ends at 2^127."""
-        terms = [(ids, np.full(ids.shape, -(1 << bits * t), dtype=object)) for ids, t in digits if t < group]
-        high = [(ids, 1 << bits * (t - group)) for ids, t in digits if t >= group]
-        return [*terms, self._high_group(high, bits * group)] if high else terms
+    def _subtract(self, digits: list[tuple[Ids, int, int]], bits: int) -> list[tuple[Ids, Values]]:
+        """Terms -c 2^(bits t) cells of every (cells, t, c); the far t are gathered in a cell of their own
+        first, because float32 ends at 2^127."""
+        group = FLOAT_BITS // bits
+        near = [(ids, c << (bits * t)) for ids, t, c in digits if t < group]
+        far = [(ids, c << (bits * (t - group))) for ids, t, c in digits if t >= group]
+        terms = [(ids, np.full(ids.shape, -c, dtype=object)) for ids, c in near]
+        return [*terms, self._high_group(far, bits * group)] if far else terms
 
     def _high_group(self, digits: list[tuple[Ids, int]], exponent: int) -> tuple[Ids, Values]:
         b = self.builder

@@ -12,7 +12,7 @@ from circuits.cells import Cells, Ids
 from circuits.gadgets.values import Accumulation, Computed, Summed, Value
 from mamba_int.graph import Node, TensorType
 from mamba_int.operations.base import shifted
-from mamba_int.operations.ssd import SsdBounds, ssd_bounds
+from mamba_int.operations.ssd import SsdBounds, node_bounds
 
 
 class SsdValue(Value):
@@ -26,21 +26,7 @@ class SsdValue(Value):
         super().__init__(inputs[0].builder, node.name, tensor)
         self._node = node
         self._inputs = inputs
-        a = node.attributes
-        norm = 0.0
-        if len(inputs) == 5:
-            cos, sin = node.constants["cos_Q"], node.constants["sin_Q"]
-            norm = float(np.sqrt((cos**2 + sin**2).max())) / (1 << node.integer("rotation_frac"))
-        types = [value.type for value in inputs]
-        self._bounds: SsdBounds = ssd_bounds(
-            a,
-            types[0],
-            types[1],
-            types[2],
-            types[4] if len(inputs) == 5 else None,
-            int(np.abs(node.constants["D"]).max()),
-            norm,
-        )
+        self._bounds = node_bounds(node, [value.type for value in inputs])
         self._chunks: list[_Chunk] | None = None
 
     def _made(self) -> list[_Chunk]:

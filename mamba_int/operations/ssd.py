@@ -100,6 +100,19 @@ def ssd_bounds(
     )
 
 
+def node_bounds(node: Node, inputs: Sequence[TensorType]) -> SsdBounds:
+    """:func:`ssd_bounds` of an ``ssd`` node with its own constants, for inputs of these types."""
+    x, B_hat, C_hat = inputs[:3]
+    B_next, rotation_norm = None, 0.0
+    if len(inputs) == 5:
+        B_next = inputs[4]
+        cos, sin = node.constants["cos_Q"], node.constants["sin_Q"]
+        check(cos.shape == sin.shape == (B_hat.shape[-1] // 2,), "cos_Q, sin_Q do not fit")
+        rotation_norm = float(np.sqrt((cos**2 + sin**2).max())) / (1 << node.integer("rotation_frac"))
+    D = int(np.abs(node.constants["D"]).max())
+    return ssd_bounds(node.attributes, x, B_hat, C_hat, B_next, D, rotation_norm)
+
+
 class Ssd(Operation):
     """Per head, with in-chunk offsets t, s = 0..Q-1, -1 the incoming state, and e = fA - k::
 
@@ -123,7 +136,7 @@ class Ssd(Operation):
         B_next = inputs[4] if len(inputs) == 5 else None
         a = node.attributes
         k, P = node.integer("decay_bits"), node.integer("headdim")
-        heads, state = n.shape[-1], B_hat.shape[-1]
+        heads = n.shape[-1]
         check(all(int(a[key]) >= 0 for key in a), "negative attribute")
         check(1 <= node.integer("chunk_size") <= 1 << 12, "chunk_size is not inside 1..4096")
         shifts = a.keys() - {"chunk_size", "headdim", "G_limit"}
@@ -133,14 +146,9 @@ class Ssd(Operation):
         check(n.low >= 0 and n.high < 1 << k, "decays are not inside 0..2^k - 1")
         check(node.integer("A_bits") >= max(k, node.integer("A_u_bits")), "A_bits is too small")
         check(node.constants["D"].shape == (heads,), "D does not fit the heads")
-        rotation_norm = 0.0
-        if B_next is not None:
-            cos, sin = node.constants["cos_Q"], node.constants["sin_Q"]
-            check(cos.shape == sin.shape == (state // 2,), "cos_Q, sin_Q do not fit")
-            rotation_norm = float(np.sqrt((cos**2 + sin**2).max())) / (1 << node.integer("rotation_frac"))
-        elif seq_len > node.integer("chunk_size"):
+        if B_next is None and seq_len > node.integer("chunk_size"):
             raise ValueError("more than one chunk, but no B'")
-        b = ssd_bounds(a, x, B_hat, C_hat, B_next, int(np.abs(node.constants["D"]).max()), rotation_norm)
+        b = node_bounds(node, inputs)
         fA = node.integer("A_bits")
         peak = max(
             shift_peak((1 << fA) * ((1 << k) - 1), k),

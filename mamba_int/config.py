@@ -68,6 +68,7 @@ _RANGES = {
     "norm_frac": (1, 7),
     "norm_shift": (0, 8),
     "norm_input_bits": (4, 11),
+    "norm_per_octave": (1, 2),
     "activation_bits": (2, 7),
     "y_bits": (2, 12),
     "conv_frac": (0, 10),
@@ -158,6 +159,7 @@ class MambaIntConfig:
     norm_frac: int = 5
     norm_shift: int = 4
     norm_input_bits: int = 9
+    norm_per_octave: int = 2
     activation_bits: int = 7
     y_bits: int = 7
     conv_frac: int = 6

@@ -130,8 +130,6 @@ class _Builder:
         return self.saturate(name, self.shift(f"{name}_wide", source, frac), bits)
 
     def norm(self, name: str, source: str, config: MambaIntConfig) -> str:
-        # Enough levels for the largest sum of squares the input bits allow.
-        levels = config.norm_input_bits + 1
         wide = self.add(
             f"{name}_wide",
             "norm",
@@ -139,7 +137,9 @@ class _Builder:
             frac=config.norm_frac,
             input_shift=config.norm_shift,
             input_limit=(1 << config.norm_input_bits) - 1,
-            levels=levels,
+            # Enough for the largest sum of squares the input bits allow.
+            octaves=config.norm_input_bits + 1,
+            per_octave=config.norm_per_octave,
         )
         return self.saturate(name, wide, config.activation_bits)
 

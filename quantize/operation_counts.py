@@ -101,7 +101,9 @@ def _relu(node: Node, inputs: Sequence[TensorType], result: TensorType) -> Count
 def _norm(node: Node, inputs: Sequence[TensorType], result: TensorType) -> Counts:
     d = result.shape[-1]
     copy = d if node.integer("input_shift") else 0
-    row = Counts(copy + d, d - 1, d, 2 * d + node.integer("levels"))
+    octaves, per_octave = node.integer("octaves"), node.integer("per_octave")
+    # Three halves of a power of two are a shift and one addition.
+    row = Counts(copy + d, d - 1 + d * (per_octave - 1), d, 2 * d + octaves * per_octave)
     return row * prod(result.shape[:-1])
 
 

@@ -1,4 +1,4 @@
-"""``norm``: a one-hot exponent made unique by two inequalities, then one shift per element."""
+"""``norm``: a one-hot level made unique by two inequalities, then one shift per element."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def squared_copy(source: Value, node: Node) -> Value:
 
 
 def norm(source: Value, node: Node, tensor: TensorType) -> Value:
-    """Per step: S = sum xs^2; a one-hot e over the exponents j that S can reach, by relu and sum e = 1;
+    """Per step: S = sum xs^2; a one-hot e over the levels j that S can reach, by relu and sum e = 1;
     S - (lower bound of j) >= 0 and (upper bound of j) - S >= 0. The bounds of neighbouring j do not overlap,
-    so e is unique. Then x * 2^(levels - j), the power selected by e, is shifted as any sum of products.
+    so e is unique. Then x * multipliers[j], selected by e, is shifted as any sum of products.
     """
     b, x = source.builder, source.cells()
-    d, levels, name = tensor.shape[-1], node.integer("levels"), node.name
+    d, name = tensor.shape[-1], node.name
     xs_value = squared_copy(source, node)
     xs = xs_value.cells()
     most = d * max(xs_value.type.low**2, xs_value.type.high**2)
@@ -43,8 +43,8 @@ def norm(source: Value, node: Node, tensor: TensorType) -> Value:
         S = b.dot("td,td->t", xs, xs, (0, most))
 
         def one_hot(get: Get) -> Values:
-            exponent = sum(((get(S) > t).astype(np.int64) for t in thresholds), np.zeros(steps, np.int64))
-            hot: Values = (exponent[:, None] == np.arange(choices)).astype(np.int64)
+            level = sum(((get(S) > t).astype(np.int64) for t in thresholds), np.zeros(steps, np.int64))
+            hot: Values = (level[:, None] == np.arange(choices)).astype(np.int64)
             return hot
 
         e = b.relu(b.private(f"{name}.one_hot", (steps, choices), 0, 1, one_hot))
@@ -59,8 +59,8 @@ def norm(source: Value, node: Node, tensor: TensorType) -> Value:
 
     def scale(m: int) -> Ids:
         with b.part(name):
-            powers = b.constant(np.array([m << (levels - j) for j in range(choices)], dtype=object))
-            factor = b.dot("tk,k->t", e, powers, (0, m << levels))
+            multipliers = [m * multiplier for multiplier in Norm.multipliers(node)[:choices]]
+            factor = b.dot("tk,k->t", e, b.constant(np.array(multipliers, dtype=object)), (0, multipliers[0]))
             return factor[None]
 
     product = Summed(

@@ -72,16 +72,16 @@ def _relu(b: Builder, node: Node, inputs: Sequence[str]) -> str:
 
 
 def _norm(b: Builder, node: Node, inputs: Sequence[str]) -> str:
-    (x,), limit, levels = inputs, node.integer("input_limit"), node.integer("levels")
+    (x,), limit = inputs, node.integer("input_limit")
     d = b.graph.types[node.inputs[0]].shape[-1]
     xs = b.call(b.clip(b.shift(x, node.integer("input_shift")), -limit, limit), f"{node.name}.xs")
     squares = b.call(b.sum(b.mul(xs, xs), -1, keep=True), f"{node.name}.squares")
     # A threshold beyond the dtype is beyond every sum.
     thresholds = np.minimum(Norm.thresholds(node, d), np.iinfo(b.dtype).max)
     above = b.truth(b.op("Greater", squares, b.constant(thresholds)))
-    exponent = b.call(b.sum(above, -1, keep=True), f"{node.name}.exponent")
-    powers = b.constant([1 << (levels - j) for j in range(levels + 1)])
-    return b.shift(b.mul(x, b.op("Gather", powers, exponent, axis=0)), Norm.places(node))
+    level = b.call(b.sum(above, -1, keep=True), f"{node.name}.level")
+    multiplier = b.op("Gather", b.constant(Norm.multipliers(node)), level, axis=0)
+    return b.shift(b.mul(x, multiplier), Norm.places(node))
 
 
 def _rotate(b: Builder, node: Node, inputs: Sequence[str]) -> str:

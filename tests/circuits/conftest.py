@@ -146,9 +146,11 @@ def _linear(
     return chain(*nodes, T=T, C=K, low=-reach, high=reach)
 
 
-def _norm(d: int, input_shift: int, limit: int, high: int = 100, levels: int = 6) -> Graph:
+def _norm(d: int, input_shift: int, limit: int, octaves: int = 6, per_octave: int = 2) -> Graph:
+    ladder = {"octaves": octaves, "per_octave": per_octave}
+    high = 100
     return chain(
-        node("y", "norm", "input", input_shift=input_shift, input_limit=limit, levels=levels, frac=4),
+        node("y", "norm", "input", input_shift=input_shift, input_limit=limit, frac=4, **ladder),
         T=3,
         C=d,
         low=-high,
@@ -269,8 +271,9 @@ GRAPHS: dict[str, Callable[[], Graph]] = {
     "relu_clamped": lambda: _clamp(-5, 13, node("r", "relu", "input")),
     "relu_clamped_negative": lambda: _clamp(-5, -2, node("r", "relu", "input")),
     "norm": lambda: _norm(4, 0, 127),
+    "norm_coarse": lambda: _norm(4, 0, 127, per_octave=1),
     "norm_clamped": lambda: _norm(4, 1, 25),
-    "norm_odd_and_shallow": lambda: _norm(3, 3, 7, levels=2),
+    "norm_odd_and_shallow": lambda: _norm(3, 3, 7, octaves=2),
     "rotate_table": lambda: _rotate("table", 5),
     "rotate_shear": lambda: _rotate("shear", 5),
     "ssd_one_chunk": lambda: _ssd(3, 3),

@@ -149,8 +149,8 @@ def test_one_hot_shifted_doubled_negative_empty_or_with_two_ones(name: str) -> N
     reject_all(lowered, x, {what: change(honest, {tensor: deltas}) for what, deltas in lies.items()})
 
 
-@pytest.mark.parametrize("name", ["norm", "norm_clamped", "norm_odd_and_shallow"])
-def test_exponent_one_higher_or_lower_with_slacks_and_quotients_recomputed(name: str) -> None:
+@pytest.mark.parametrize("name", ["norm", "norm_coarse", "norm_clamped", "norm_odd_and_shallow"])
+def test_level_one_higher_or_lower_with_slacks_and_quotients_recomputed(name: str) -> None:
     _, lowered = built(name)
     shift = int(built(name)[0].by_name["y"].attributes["input_shift"])
     width = privates(lowered)["y.one_hot"] // 3

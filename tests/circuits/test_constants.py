@@ -66,7 +66,7 @@ def test_a_packed_bias_beyond_24_bits_is_not_rounded() -> None:
 def test_norm_of_a_width_whose_thresholds_exceed_24_bits() -> None:
     # d 4^j + 1 for d = 40: the first wide model a float32 constant would have rounded.
     graph = chain(
-        node("y", "norm", "input", input_shift=0, input_limit=9000, levels=13, frac=4),
+        node("y", "norm", "input", input_shift=0, input_limit=9000, octaves=13, per_octave=1, frac=4),
         T=1,
         C=40,
         low=-9000,

@@ -46,11 +46,12 @@ def test_extreme_inputs_stay_inside_every_interval(name: str) -> None:
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_norm_of_extreme_vectors_stays_inside_its_relational_bound(data: st.DataObject) -> None:
-    d, levels = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 8))
+    d, octaves, per_octave = data.draw(st.tuples(st.integers(1, 9), st.integers(1, 8), st.integers(1, 2)))
     shift, limit = data.draw(st.integers(0, 4)), data.draw(st.integers(1, 60))
-    frac = data.draw(st.integers(0, levels + shift - 1))
+    frac = data.draw(st.integers(0, octaves + shift - 1))
     high = data.draw(st.integers(1, 2000))
-    held = {"input_shift": shift, "input_limit": limit, "levels": levels, "frac": frac}
+    held = {"input_shift": shift, "input_limit": limit, "octaves": octaves, "per_octave": per_octave}
+    held["frac"] = frac
     graph = chain(node("y", "norm", "input", **held), T=64, C=d, low=-high, high=high)
     x = mixed_input(graph, data.draw(st.integers(0, 2**32)), 0.4)
     # One large element among small ones, and vectors just at a threshold, are the worst cases.

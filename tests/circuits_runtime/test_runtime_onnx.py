@@ -65,7 +65,7 @@ def test_every_intermediate_is_equal(forms: dict[str, Any], seed: int) -> None:
     named = {
         f"layer{i}.ssd.{name}" for i in range(2 if "layer1.ssd" in graph.by_name else 1) for name in inside
     }
-    named |= {f"layer0.norm_wide.{name}" for name in ("xs", "squares", "exponent")}
+    named |= {f"layer0.norm_wide.{name}" for name in ("xs", "squares", "level")}
     trace: dict[str, IntArray] = {}
     OnnxRunner(graph)(inputs, trace)
     assert named | set(graph.by_name) <= set(trace)

@@ -202,25 +202,30 @@ def test_decays_learn_with_the_rounded_values_as_factors(decays: list[int], seed
 # -- norm -----------------------------------------------------------------------------------------------
 
 
-def norm(x: Tensor) -> Tensor:
-    y: Tensor = bit_shift_norm(x, 4, 511, [x.shape[-1] * 4**i for i in range(10)], 5)[0]
-    return y
+def norm(x: Tensor, rounding: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
+    """Two steps an octave, ten octaves, 5 binary places, the copy that is squared shifted by 4."""
+    thresholds = [x.shape[-1] * 4**i // part for i in range(10) for part in (2, 1)]
+    return bit_shift_norm(x, 4, 511, thresholds, multipliers(), 10, 5, 0.88, rounding)
+
+
+def multipliers() -> list[int]:
+    return [factor << (10 - i) for i in range(11) for factor in (3, 2)][:-1]
 
 
 @settings(deadline=None, max_examples=40)
 @given(st.integers(1, 9), st.integers(0, 1 << 30))
-def test_gradient_of_the_norm_is_that_of_an_rms_norm_times_its_power_of_two(d: int, seed: int) -> None:
+def test_gradient_of_the_norm_is_that_of_an_rms_norm_times_its_multiplier(d: int, seed: int) -> None:
     """So it is orthogonal to x: no component is spent on the length, which the norm takes away."""
     x = (random_tensor(3, d, seed=seed) * 900).round().requires_grad_()
     cotangent = random_tensor(3, d, seed=seed + 1)
-    (g,) = torch.autograd.grad(norm(x), x, cotangent)
+    (g,) = torch.autograd.grad(norm(x)[0], x, cotangent)
     length = x.detach().norm(dim=-1, keepdim=True)
     along = (g * x).sum(-1, keepdim=True) / length.clamp_min(1)
     assert (along.abs() <= 1e-5 * (1 + cotangent.norm())).all()
     rms = (x * x).mean(-1, keepdim=True).sqrt()
     (true,) = torch.autograd.grad(x / rms.clamp_min(1e-9), x, cotangent)
-    power = bit_shift_norm(x.detach(), 4, 511, [d * 4**i for i in range(10)], 5)[1]["exponent"]
-    scaled = true * rms.detach() * 2.0 ** (5 - 4 - power)
+    multiplier = torch.tensor(multipliers())[norm(x.detach())[1]["level"].long()]
+    scaled = true * rms.detach() * multiplier * 2.0**-10
     torch.testing.assert_close(g, scaled, rtol=1e-5, atol=1e-5)
 
 
@@ -228,7 +233,7 @@ def test_gradient_of_the_norm_is_that_of_an_rms_norm_times_its_power_of_two(d: i
 def test_norm_of_zero_has_a_finite_gradient(dtype: torch.dtype) -> None:
     for rounding in (True, False):
         x = torch.zeros(2, 4, dtype=dtype).requires_grad_()
-        y = bit_shift_norm(x, 4, 511, [4 * 4**i for i in range(10)], 5, rounding)[0]
+        y = norm(x, rounding)[0]
         y.backward(torch.ones_like(y))
         assert torch.isfinite(y).all()
         assert torch.isfinite(x.grad).all()

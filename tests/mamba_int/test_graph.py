@@ -326,9 +326,10 @@ def test_missing_constant_is_refused(content: bytes, tmp_path: Path) -> None:
         node("y", "shift", "input", places=-25),
         node("y", "clamp", "input", low=2, high=1, saturation=True),
         node("y", "clamp", "input", low=0, high=1, saturation=1),
-        node("y", "norm", "input", input_shift=0, input_limit=0, levels=4),
-        node("y", "norm", "input", input_shift=0, input_limit=9, levels=17),
-        node("y", "norm", "input", input_shift=0, input_limit=9, levels=4, frac=4),
+        node("y", "norm", "input", input_shift=0, input_limit=0, octaves=4, per_octave=1),
+        node("y", "norm", "input", input_shift=0, input_limit=9, octaves=17, per_octave=1),
+        node("y", "norm", "input", input_shift=0, input_limit=9, octaves=4, per_octave=3),
+        node("y", "norm", "input", input_shift=0, input_limit=9, octaves=4, per_octave=1, frac=4),
         node("y", "isqrt", "input"),
         node("y", "div", "input", "input"),
         node("y", "slice", "input", start=0, stop=4),
@@ -350,7 +351,7 @@ def test_operation_that_does_not_fit_is_refused_by_name(entry: Node) -> None:
 @pytest.mark.parametrize("value", [-1, 10**9, 10**30])
 @pytest.mark.parametrize(
     ("name", "key"),
-    [("layer0.norm_wide", "input_shift"), ("layer0.norm_wide", "levels"), ("layer0.B_hat", "constant_frac")]
+    [("layer0.norm_wide", "input_shift"), ("layer0.norm_wide", "octaves"), ("layer0.B_hat", "constant_frac")]
     + [
         ("layer0.ssd", key) for key in ("chunk_size", "M_shift", "H_align", "u_align", "A_bits", "decay_bits")
     ],

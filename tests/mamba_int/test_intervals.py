@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from mamba_int.errors import MambaintError
 from mamba_int.graph import Graph, IntArray, Node, TensorType
 from mamba_int.native import build_nodes
+from mamba_int.operations.norm import Norm
 from mamba_int.operations.ssd import SsdBounds, ssd_bounds
 from tests.circuits.conftest import GRAPHS
 from tests.circuits_runtime.models import SMALL, MambaIntConfig, frozen_model
@@ -107,9 +108,8 @@ def accumulator(graph: Graph, entry: Node, trace: Trace) -> int:
     if entry.op == "reduce" and entry.attributes["kind"] == "sum":
         return largest(np.abs(operands[0]).sum(1))
     if entry.op == "norm":
-        exponent, levels = trace[f"{entry.name}.exponent"], entry.integer("levels")
-        places = levels + entry.integer("input_shift") - entry.frac
-        scaled = largest(operands[0] << (levels - exponent)) + (1 << places >> 1)
+        multiplier = np.array(Norm.multipliers(entry))[trace[f"{entry.name}.level"]]
+        scaled = largest(operands[0] * multiplier) + (1 << Norm.places(entry) >> 1)
         return max(largest(trace[f"{entry.name}.squares"]), scaled)
     if entry.op == "ssd":
         return check_scan(graph, entry, trace)
@@ -171,15 +171,24 @@ def test_interval_of_a_square_is_exact(low: int, high: int) -> None:
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.integers(1, 7), st.integers(0, 4), st.integers(1, 60), st.integers(1, 9), st.integers(0, 1 << 30))
-def test_bound_of_the_norm_holds_where_its_exponent_changes(
-    d: int, input_shift: int, limit: int, levels: int, seed: int
+@given(
+    st.integers(1, 7),
+    st.integers(0, 4),
+    st.integers(1, 60),
+    st.integers(1, 9),
+    st.integers(1, 2),
+    st.integers(0, 1 << 30),
+)
+def test_bound_of_the_norm_holds_where_its_level_changes(
+    d: int, input_shift: int, limit: int, octaves: int, per_octave: int, seed: int
 ) -> None:
     """The relational rule: near every threshold, with one dominant element, and clamped."""
-    entry = node("y", "norm", "input", input_shift=input_shift, input_limit=limit, levels=levels, frac=0)
+    ladder = {"octaves": octaves, "per_octave": per_octave}
+    entry = node("y", "norm", "input", input_shift=input_shift, input_limit=limit, frac=0, **ladder)
     graph = chain(entry, width=d, low=-3000, high=3000)
     one = 1 << input_shift
-    edges = [int(np.sqrt(d * 4**j)) * one + e for j in range(levels) for e in (-one, -1, 0, one // 2, one)]
+    roots = [int(np.sqrt(threshold)) for threshold in Norm.thresholds(entry, d)]
+    edges = [root * one + e for root in roots for e in (-one, -1, 0, one // 2, one)]
     edges += [limit * one + e for e in (-1, 0, one // 2 - 1, one // 2, one)] + [3000]
     random = np.random.default_rng(seed)
     single = np.zeros((len(edges), d), np.int64)

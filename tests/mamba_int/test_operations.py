@@ -139,8 +139,11 @@ def test_div_floors_and_its_float_quotient_never_crosses_an_integer(pairs: list[
 # -- norm -----------------------------------------------------------------------------------------------
 
 
-def norm_graph(d: int, input_shift: int = 0, limit: int = 511, high: int = 32767, frac: int = 5) -> Graph:
-    entry = node("y", "norm", "input", input_shift=input_shift, input_limit=limit, levels=10, frac=frac)
+def norm_graph(
+    d: int, input_shift: int = 0, limit: int = 511, high: int = 32767, frac: int = 5, per_octave: int = 1
+) -> Graph:
+    ladder = {"octaves": 10, "per_octave": per_octave}
+    entry = node("y", "norm", "input", input_shift=input_shift, input_limit=limit, frac=frac, **ladder)
     return chain(entry, width=d, low=-high, high=high)
 
 
@@ -153,17 +156,40 @@ def test_norm_takes_the_lower_power_at_the_exact_threshold(i: int, sign: int) ->
     at = np.full((1, 1, d), sign << i)
     above = at.copy()
     above[..., 0] += sign
-    exponents = [traced(graph, x)["y.exponent"].item() for x in (at, above)]
-    assert exponents == [i, i + 1]
+    levels = [traced(graph, x)["y.level"].item() for x in (at, above)]
+    assert levels == [i, i + 1]
     assert evaluate(graph, at).ravel().tolist() == [sign * 32] * d
     assert_equal(graph, np.concatenate([at, above]))
 
 
+@pytest.mark.parametrize("d", [2, 3])
+def test_norm_of_two_steps_an_octave_multiplies_by_three_halves_below_the_half_octave(d: int) -> None:
+    """Sums of squares at d 4^i / 2 and one above it; for odd d the half lies between two integers."""
+    graph = norm_graph(d, per_octave=2)
+    # 2 * 4^2 / 2 = 16 = 4^2 + 0; 3 * 4^2 / 2 = 24 = 4^2 + 2^2 + 2^2
+    at = np.array([[[4, 0]], [[4, 1]]]) if d == 2 else np.array([[[4, 2, 2]], [[4, 3, 0]]])
+    assert traced(graph, at)["y.level"].ravel().tolist() == [4, 5]
+    assert evaluate(graph, at)[:, 0, 0].tolist() == [4 * 32 * 3 // 2 // 4, 4 * 32 // 4]
+    assert_equal(graph, at)
+
+
 @settings(deadline=None, max_examples=60)
-@given(st.integers(1, 9), st.integers(0, 4), st.integers(0, 6), st.integers(0, 1 << 30))
-def test_norm_equals_in_torch_at_every_size(d: int, input_shift: int, frac: int, seed: int) -> None:
+@given(st.integers(1, 9), st.integers(0, 1 << 30))
+def test_norm_brings_the_root_mean_square_to_within_half_an_octave(d: int, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    values = np.clip(random.integers(-1 << random.integers(3, 9), 1 << 9, (16, 1, d)), -511, 511)
+    y = evaluate(norm_graph(d, frac=7, per_octave=2), values)
+    rms = np.sqrt((y**2).mean(-1))[(values**2).sum((1, 2)) > 0] / 128
+    assert ((rms > 0.70) & (rms < 1.07)).all()
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 9), st.integers(0, 4), st.integers(0, 6), st.integers(1, 2), st.integers(0, 1 << 30))
+def test_norm_equals_in_torch_at_every_size(
+    d: int, input_shift: int, frac: int, per_octave: int, seed: int
+) -> None:
     limit = 1 + seed % 511
-    graph = norm_graph(d, input_shift, limit, 1 << 12, frac)
+    graph = norm_graph(d, input_shift, limit, 1 << 12, frac, per_octave)
     random = np.random.default_rng(seed)
     size = 1 << random.integers(0, 13, (16, 1, 1))
     values = np.clip(random.integers(-size, size + 1, (16, 1, d)), -(1 << 12), 1 << 12)
@@ -173,9 +199,13 @@ def test_norm_equals_in_torch_at_every_size(d: int, input_shift: int, frac: int,
     for x, y in zip(values[:, 0].tolist(), evaluate(graph, values)[:, 0].tolist(), strict=True):
         half = (1 << input_shift) >> 1
         xs = [max(-limit, min(limit, (v + half) // (1 << input_shift))) for v in x]
-        j = sum(sum(v * v for v in xs) > d * 4**i for i in range(10))
+        square = sum(v * v for v in xs)
+        j = sum(square > d * 4**i for i in range(10))
         places = j + input_shift - frac
-        assert y == [shifted(v, places) for v in x]
+        if per_octave == 2 and 2 * square <= d * 4**j:
+            assert y == [shifted(3 * v, places + 1) for v in x]
+        else:
+            assert y == [shifted(v, places) for v in x]
 
 
 # -- conv, rotate ---------------------------------------------------------------------------------------

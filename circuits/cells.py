@@ -10,7 +10,14 @@ add, sub, mul  1 each
 dot            its length, rounded up to even, for each output
 relu           1 each: a lookup in the signed identity table, so also a range check
 check          1 each: the same lookup where the output is not needed
+claim          1 each: a cell that must be zero
 =============  ==================================================================
+
+**Challenges.** In a *challenged* graph all private cells are committed to before a random field element alpha is
+known (Fiat-Shamir, see ``zk.challenge``). Then an identity between sums of products of private cells can be
+checked at the powers of alpha instead of element by element: if it fails for one element, the combination with
+distinct powers vanishes for at most as many alphas as its degree, out of 2^253 (Schwartz-Zippel). Cells computed
+from alpha are *random*: they have no bounds, meet no lookup and serve claims only.
 """
 
 from __future__ import annotations
@@ -37,6 +44,9 @@ Get = Callable[[Ids], Values]
 
 FIELD = 21888242871839275222246405745257275088548364400416034343698204186575808495617
 """The prime of BN254's scalar field, in which the circuit computes."""
+
+CHALLENGE = "challenge"
+"""Name of the tensor that holds alpha, and of the part its powers are booked under."""
 
 SMALL = 1 << 62
 FLOAT_MANTISSA = 24
@@ -82,7 +92,7 @@ class Base:
     """One tensor of new cells.
 
     Attributes:
-        op: ``private``, ``constant``, ``add``, ``sub``, ``mul``, ``dot`` or ``relu``.
+        op: ``private``, ``challenge``, ``constant``, ``add``, ``sub``, ``mul``, ``dot`` or ``relu``.
         name: unique; of private tensors also the ONNX input.
         first: id of its first cell. shape: its shape.
         low, high: proven bounds of every cell.
@@ -90,6 +100,7 @@ class Base:
         equation: of a dot.
         hint: of a private tensor: computes its honest values.
         constant: values of a constant tensor.
+        random: whether it depends on the challenge; then the bounds mean nothing.
     """
 
     op: str
@@ -102,6 +113,7 @@ class Base:
     equation: str = ""
     hint: Callable[[Get], Values] | None = None
     constant: Values | None = None
+    random: bool = False
 
     @property
     def size(self) -> int:
@@ -119,10 +131,15 @@ class Cells:
 
     Args:
         logrows: k; the lookup table is the signed identity on ``table_low(k)..table_high(k)``.
+        challenged: whether gadgets may use :meth:`powers` and :meth:`claim`.
     """
 
-    def __init__(self, logrows: int) -> None:
+    def __init__(self, logrows: int, challenged: bool = False) -> None:
         self.logrows = logrows
+        self.challenged = challenged
+        self.claims: list[Ids] = []
+        self._progressions: dict[int, Ids] = {}
+        self._power: dict[int, Ids] = {}
         self.low, self.high = table_low(logrows), table_high(logrows)
         self.bases: list[Base] = []
         self.cost: dict[str, Counter[str]] = {}
@@ -170,6 +187,8 @@ class Cells:
     def bounds(self, ids: Ids) -> tuple[int, int]:
         """Proven bounds of all cells of a view."""
         bases = self.base_of(ids)
+        if any(base.random for base in bases):
+            raise ValueError("a cell that depends on the challenge has no bounds")
         return min(base.low for base in bases), max(base.high for base in bases)
 
     def constant_values(self, ids: Ids) -> Values:
@@ -226,7 +245,10 @@ class Cells:
             "constant", "constant", array.shape, int(array.min()), int(array.max()), constant=array
         )
 
-    def _binary(self, op: str, a: Ids, b: Ids, bounds: tuple[int, int] | None = None) -> Ids:
+    def _is_random(self, *views: Ids) -> bool:
+        return any(base.random for ids in views for base in self.base_of(ids))
+
+    def _corners(self, op: str, a: Ids, b: Ids) -> tuple[int, int]:
         (al, ah), (bl, bh) = self.bounds(a), self.bounds(b)
         apply: Callable[[int, int], int] = {
             "add": lambda p, q: p + q,
@@ -234,13 +256,18 @@ class Cells:
             "mul": lambda p, q: p * q,
         }[op]
         corners = [apply(p, q) for p in (al, ah) for q in (bl, bh)]
-        low, high = bounds or (min(corners), max(corners))
+        return min(corners), max(corners)
+
+    def _binary(self, op: str, a: Ids, b: Ids, bounds: tuple[int, int] | None = None) -> Ids:
+        random = self._is_random(a, b)
+        low, high = (0, 0) if random else bounds or self._corners(op, a, b)
         shape = np.broadcast_shapes(a.shape, b.shape)
         size = int(np.prod(shape, dtype=np.int64))
         if size % 2:
             a, b = (_even(np.broadcast_to(ids, shape)) for ids in (a, b))
+        shape_of_cells = (size + 1,) if size % 2 else shape
         ids = self._new(
-            op, f"{self._part}/{op}", (size + 1,) if size % 2 else shape, low, high, operands=(a, b)
+            op, f"{self._part}/{op}", shape_of_cells, low, high, operands=(a, b), random=random
         )
         self._count(op, ids.size)
         return ids.ravel()[:size].reshape(shape)
@@ -295,11 +322,15 @@ class Cells:
             b = np.concatenate(parts, right_axis)
             size[summed[0]] *= len(parts)
         length = int(np.prod([size[letter] for letter in summed], dtype=np.int64))
-        if bounds is None:
+        random = self._is_random(a, b)
+        if random:
+            bounds = (0, 0)
+        elif bounds is None:
             reach = length * max(map(abs, self.bounds(a))) * max(map(abs, self.bounds(b)))
             bounds = (-reach, reach)
         shape = tuple(size[letter] for letter in out)
-        ids = self._new("dot", f"{self._part}/dot", shape, *bounds, operands=(a, b), equation=equation)
+        name = f"{self._part}/dot"
+        ids = self._new("dot", name, shape, *bounds, operands=(a, b), equation=equation, random=random)
         self._count("dot", ids.size * (length + length % 2))
         return ids
 
@@ -323,6 +354,50 @@ class Cells:
         for cell in a.ravel().tolist():
             self._pending.setdefault(cell, self._part)
         return a
+
+    # -- challenges --------------------------------------------------------------------------------------
+
+    def _alpha(self) -> Ids:
+        """alpha itself, [1]."""
+        if 1 not in self._power:
+            if not self.challenged:
+                raise ValueError("this graph has no challenge")
+            # Two cells: see _even. The second is left unused.
+            ids = self._new("challenge", CHALLENGE, (2,), 0, 0, random=True)
+            self._count("private", 2, CHALLENGE)
+            self._power[1] = ids[:1]
+        return self._power[1]
+
+    def power(self, exponent: int) -> Ids:
+        """alpha^exponent, [1], by squaring and multiplying."""
+        if exponent == 0:
+            return self.constant([1])
+        alpha = self._alpha()
+        if exponent not in self._power:
+            with self.part(CHALLENGE):
+                half = self.power(exponent // 2)
+                square = self.mul(half, half)
+                self._power[exponent] = self.mul(square, alpha) if exponent % 2 else square
+        return self._power[exponent]
+
+    def powers(self, count: int, stride: int = 1) -> Ids:
+        """alpha^0, alpha^stride, ..., alpha^((count - 1) stride)."""
+        known = self._progressions.get(stride, self.constant([1]))
+        while len(known) < count:
+            with self.part(CHALLENGE):
+                step = self.power(stride * len(known))
+                more = known[: count - len(known)]
+                # alpha^0 times the step is the step itself.
+                products = self.mul(more[1:], step) if len(more) > 1 else more[:0]
+                known = np.concatenate([known, step, products])
+        self._progressions[stride] = known
+        return known[:count]
+
+    def claim(self, parts: list[tuple[Ids, int]]) -> None:
+        """Claim that sum_i coefficient_i * cell_i = 0 in the field, every cell being a view of one cell."""
+        left = np.concatenate([ids.reshape(1) for ids, _ in parts])
+        right = self.constant(np.array([c for _, c in parts], dtype=object))
+        self.claims.append(self.dot("ka,k->a", left[:, None], right))
 
     def close(self) -> Ids:
         """Emit all pending checks as one lookup; return two of its outputs, always 0, as anchor.
@@ -351,17 +426,25 @@ class Cells:
     # -- values ------------------------------------------------------------------------------------------
 
     def evaluate(
-        self, inputs: Mapping[str, Values], lies: Mapping[str, Callable[[Values], Values]] | None = None
+        self,
+        inputs: Mapping[str, Values],
+        lies: Mapping[str, Callable[[Values], Values]] | None = None,
+        alpha: int | None = None,
     ) -> CellValues:
         """The honest value of every cell, or what a liar's would be.
 
         Args:
             inputs: values of private tensors that have no hint to go by, by name.
             lies: private tensor -> function from its honest values to those the liar gives instead.
+            alpha: the challenge; without it cells that depend on it have no value.
         """
         values = CellValues(self)
         for base in self.bases:
-            if base.op == "private":
+            if base.random and alpha is None:
+                continue
+            if base.op == "challenge":
+                array = np.array([alpha, 0], dtype=object)
+            elif base.op == "private":
                 given = (
                     inputs[base.name] if base.name in inputs else base.hint(values.get) if base.hint else None
                 )
@@ -382,15 +465,17 @@ class Cells:
     @staticmethod
     def _compute(base: Base, values: CellValues, exact: bool) -> Values:
         operands = [values.get(ids) for ids in base.operands]
-        if exact or base.magnitude >= SMALL:
+        if exact or base.random or base.magnitude >= SMALL:
             operands = [operand.astype(object) for operand in operands]
         if base.op == "dot":
             result: Values = np.einsum(base.equation, *operands)
-            return np.asarray(result, dtype=operands[0].dtype)
+            result = np.asarray(result, dtype=operands[0].dtype)
+            return result % FIELD if base.random else result
         if base.op == "relu":
             return np.where(operands[0] > 0, operands[0], 0)
         a, b = operands
-        return a + b if base.op == "add" else a - b if base.op == "sub" else a * b
+        result = a + b if base.op == "add" else a - b if base.op == "sub" else a * b
+        return result % FIELD if base.random else result
 
 
 def _even(ids: Ids) -> Ids:

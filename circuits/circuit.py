@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -12,13 +12,20 @@ class PublicTensor:
     Attributes:
         name: name of the ONNX output.
         shape: shape; instances are its elements in row-major order.
-        forced: the value every element has in any valid proof (anchors of range checks are 0);
-            None where the value is part of the statement.
+        forced: the value every element has in any valid proof (anchors of range checks and claims are 0);
+            None where the value is part of the statement, or the challenge.
+        challenge: whether it is the challenge, which a verifier derives from the proof's commitments.
     """
 
     name: str
     shape: tuple[int, ...]
     forced: int | None = None
+    challenge: bool = False
+
+    @property
+    def stated(self) -> bool:
+        """Whether its values are part of the statement: neither forced nor derived."""
+        return self.forced is None and not self.challenge
 
     @property
     def size(self) -> int:
@@ -29,17 +36,47 @@ class PublicTensor:
         return size
 
 
+SALTS = 8
+"""Random field elements behind the values of a committed input.
+
+A proof shows the commitment of a committed input and its value at one random point: two linear equations in
+the values. With fewer salts than equations, a guessed input could be confirmed; eight leave room.
+"""
+
+
+@dataclass(frozen=True)
+class InputTensor:
+    """One ONNX input: private tensors one after the other.
+
+    Attributes:
+        name: of the ONNX input.
+        members: names and sizes of the private tensors, in order.
+        committed: whether the proof commits to it; then ``SALTS`` random field elements follow the members.
+    """
+
+    name: str
+    members: tuple[tuple[str, int], ...]
+    committed: bool = False
+
+    @property
+    def size(self) -> int:
+        """Number of elements, salts included."""
+        return sum(size for _, size in self.members) + (SALTS if self.committed else 0)
+
+
 @dataclass(frozen=True)
 class Witness:
     """Values of one inference, as signed integers (field elements where a lie is told in tests).
 
     Attributes:
-        private: every ONNX input by name, flattened row-major: the model input and all auxiliaries.
-        public: every ONNX output by name, flattened row-major.
+        private: every private tensor by name, flattened row-major: the model input and all auxiliaries.
+        public: every ONNX output but the challenge by name, flattened row-major.
+        salts: of committed inputs, by name; those left out are drawn when the proof is made.
     """
 
     private: dict[str, list[int]]
     public: dict[str, list[int]]
+    salts: dict[str, list[int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -51,7 +88,7 @@ class Circuit:
         onnx: the constraint graph as a serialised ONNX model; same integer graph, same bytes.
         logrows: log2 of the number of rows; the lookup table and all multipliers are built for it.
         rows: predicted number of rows (EZKL's ``num_rows``), at ``num_inner_cols`` 2.
-        private: names and sizes of the ONNX inputs, in order.
+        inputs: the ONNX inputs, in order; a challenged circuit has one more, ``challenge``, of 2 elements.
         public: the ONNX outputs, in order.
     """
 
@@ -59,8 +96,18 @@ class Circuit:
     onnx: bytes
     logrows: int
     rows: int
-    private: tuple[tuple[str, int], ...]
+    inputs: tuple[InputTensor, ...]
     public: tuple[PublicTensor, ...]
+
+    @property
+    def private(self) -> tuple[tuple[str, int], ...]:
+        """Names and sizes of all private tensors."""
+        return tuple(member for group in self.inputs for member in group.members)
+
+    @property
+    def challenged(self) -> bool:
+        """Whether claims are checked at a random point."""
+        return any(tensor.challenge for tensor in self.public)
 
     @property
     def lookup_low(self) -> int:

@@ -10,6 +10,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from circuits.cells import Base, Cells, Ids, Values
+from circuits.circuit import InputTensor
 from mamba_int.errors import MambaintError
 
 OPSET = 17
@@ -74,7 +75,7 @@ class _Writer:
                 self.constants.add(key)
                 return self.constant(values)
             if company is None:
-                raise ValueError("a repeated constant needs a computed tensor beside it")
+                raise ValueError(f"a repeated constant needs a computed tensor beside it: {values}")
             bases = [company, *bases]
         elif whole:
             return bases[0].name if ids.shape == bases[0].shape else self.reshape(bases[0].name, ids.shape)
@@ -118,23 +119,34 @@ def needed(cells: Cells, outputs: list[Ids]) -> list[Base]:
     return [base for base in cells.bases if base.first in keep]
 
 
-def write_onnx(cells: Cells, outputs: dict[str, Ids]) -> bytes:
+def write_onnx(cells: Cells, groups: tuple[InputTensor, ...], outputs: dict[str, Ids]) -> bytes:
     """Serialise a constraint graph; the same graph gives the same bytes.
 
     Args:
         cells: the constraint graph, closed.
+        groups: its private tensors as ONNX inputs.
         outputs: public tensors by name, in order.
     """
     writer = _Writer(cells)
-    inputs = []
+    inputs = [helper.make_tensor_value_info(g.name, TensorProto.FLOAT, [g.size]) for g in groups]
     bases = needed(cells, list(outputs.values()))
     used = {base.first for base in bases}
     unused = [base.name for base in cells.bases if base.op != "constant" and base.first not in used]
     if unused:
         raise ValueError(f"cells that no output depends on would be pruned: {unused[0]}")
+    places = {
+        member: (group.name, sum(size for _, size in group.members[:i]))
+        for group in groups
+        for i, (member, _) in enumerate(group.members)
+    }
     for base in bases:
-        if base.op == "private":
+        if base.op == "challenge":
             inputs.append(helper.make_tensor_value_info(base.name, TensorProto.FLOAT, list(base.shape)))
+        elif base.op == "private":
+            group, offset = places[base.name]
+            flat = writer.node("Gather", [group, writer.integers([*range(offset, offset + base.size)])], axis=0)
+            shape = writer.integers(list(base.shape))
+            writer.nodes.append(helper.make_node("Reshape", [flat, shape], [base.name]))
         elif base.op != "constant":
             company = next(
                 (b for ids in base.operands for b in cells.base_of(ids) if b.op != "constant"), None

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from circuits.cells import Cells, CircuitTooNarrow, Ids, Values
-from circuits.circuit import Circuit, PublicTensor, Witness
+from circuits.cells import CHALLENGE, Cells, CircuitTooNarrow, Ids, Values
+from circuits.circuit import SALTS, Circuit, InputTensor, PublicTensor, Witness
 from circuits.constraint_onnx import write_onnx
+from circuits.gadgets.conv import conv
 from circuits.gadgets.division import div, isqrt
 from circuits.gadgets.linear import linear
 from circuits.gadgets.norm import norm
@@ -35,6 +36,12 @@ MARGIN_ROWS = 12
 """Rows EZKL needs beyond those of the circuit."""
 MODEL_INPUT = "model_input"
 """Name of the private tensor that holds the model input; shown in public, it is the output ``input``."""
+COMMITTED_INPUT = "input"
+"""ONNX input that holds the model input alone, where a proof commits to it."""
+COLUMN_MARGIN = 64
+"""Rows of a column that a committed input cannot fill."""
+FORCED = {"claims", "anchor"}
+"""Outputs that are 0 in every valid proof."""
 SMALLEST_LOGROWS = 8
 LARGEST_LOGROWS = 20
 
@@ -125,25 +132,7 @@ def _linear(low: _Lowering, node: Node, tensor: TensorType) -> Value:
 
 
 def _conv(low: _Lowering, node: Node, tensor: TensorType) -> Value:
-    """K taps of each channel as one dot over the shifted copies of x; its bias is one more term."""
-    (source,), b = low.operands(node), low.cells
-    taps, bias = node.constants["taps"], node.constants.get("bias")
-
-    def accumulate() -> Accumulation:
-        x = source.cells()
-        steps, channels = x.shape
-        width = taps.shape[1]
-        zeros = np.broadcast_to(b.constant([0]), (width - 1, channels))
-        padded = np.concatenate([zeros, x])
-        left = [padded[i : i + steps] for i in range(width)]
-        rows = [taps[:, i] for i in range(width)]
-        if bias is not None and bias.any():
-            left.append(np.broadcast_to(b.constant([1]), x.shape))
-            rows.append(bias)
-        right = np.stack(rows).astype(object)
-        return Accumulation(np.stack(left), lambda m: b.constant(right * m), (1,), tensor.low, tensor.high)
-
-    return Summed(b, node.name, tensor, accumulate)
+    return conv(low.operands(node)[0], node, tensor)
 
 
 def _terms(value: Value) -> list[tuple[Ids, int]]:
@@ -309,7 +298,11 @@ class LoweredCircuit:
             name: [int(v) for v in values.get(_all(firsts[name].first, size))]
             for name, size in self.circuit.private
         }
-        public = {name: [int(v) for v in values.get(ids).ravel()] for name, ids in self.outputs.items()}
+        public = {
+            name: [0] * ids.size if name in FORCED else [int(v) for v in values.get(ids).ravel()]
+            for name, ids in self.outputs.items()
+            if name != CHALLENGE
+        }
         return Witness(private, public)
 
 
@@ -317,56 +310,110 @@ def _all(first: int, size: int) -> Ids:
     return np.arange(first, first + size, dtype=np.int64)
 
 
-def lower(graph: Graph, logrows: int, public_input: bool) -> LoweredCircuit:
+def _group(cells: Cells, committed: bool, commit_input: bool) -> tuple[InputTensor, ...]:
+    """The private tensors as ONNX inputs; a committed one has to fit a column."""
+    room = (1 << cells.logrows) - COLUMN_MARGIN - SALTS if committed else sum(b.size for b in cells.bases)
+    groups: list[list[tuple[str, int]]] = []
+    if commit_input:
+        groups.append([])
+    used = room
+    for base in cells.bases:
+        if base.op != "private":
+            continue
+        if base.size > room:
+            raise CircuitTooNarrow(base.name, base.size)
+        if commit_input and base.name == MODEL_INPUT:
+            groups[0].append((base.name, base.size))
+            continue
+        if used + base.size > room:
+            groups.append([])
+            used = 0
+        groups[-1].append((base.name, base.size))
+        used += base.size
+    names = [COMMITTED_INPUT] if commit_input else []
+    names += [f"witness{i}" if i else "witness" for i in range(len(groups) - len(names))]
+    return tuple(
+        InputTensor(name, tuple(members), committed) for name, members in zip(names, groups, strict=True)
+    )
+
+
+def lower(
+    graph: Graph, logrows: int, public_input: bool, challenged: bool = False, commit_input: bool = False
+) -> LoweredCircuit:
     """Build the circuit for one number of rows.
 
     Raises:
-        CircuitTooNarrow: if some quotient does not fit the lookup table.
+        CircuitTooNarrow: if some quotient does not fit the lookup table, or a private tensor no column.
     """
-    cells = Cells(logrows)
+    cells = Cells(logrows, challenged)
     lowering = _Lowering(graph, cells)
     logits = lowering.value(graph.output).cells()
     outputs: dict[str, Ids] = {}
     if public_input:
         outputs["input"] = lowering.value(graph.input.name).cells().ravel()
-    outputs |= {"logits": logits.ravel(), "anchor": cells.close()}
-    onnx_bytes = write_onnx(cells, outputs)
+    outputs["logits"] = logits.ravel()
+    if cells.claims:
+        outputs |= {CHALLENGE: cells.power(1), "claims": np.concatenate(cells.claims)}
+    outputs["anchor"] = cells.close()
+    committed = bool(cells.claims) or commit_input
+    groups = _group(cells, committed, commit_input)
+    salts = SALTS * len(groups) if committed else 0
+    onnx_bytes = write_onnx(cells, groups, outputs)
     instances = sum(ids.size for ids in outputs.values())
     circuit = Circuit(
         model_id=graph.model_id,
         onnx=onnx_bytes,
         logrows=logrows,
-        rows=(cells.total + instances) // 2,
-        private=tuple((base.name, base.size) for base in cells.bases if base.op == "private"),
+        rows=(cells.total + salts + instances) // 2,
+        inputs=groups,
         public=tuple(
-            PublicTensor(name, (ids.size,), 0 if name == "anchor" else None) for name, ids in outputs.items()
+            PublicTensor(name, (ids.size,), 0 if name in FORCED else None, name == CHALLENGE)
+            for name, ids in outputs.items()
         ),
     )
     tensors = {name: value._cells for name, value in lowering.made.items() if value._cells is not None}
     return LoweredCircuit(circuit, cells, outputs, tensors)
 
 
-def build_circuit(graph: Graph, public_input: bool = False, logrows: int | None = None) -> LoweredCircuit:
-    """Build the circuit of a graph with the fewest rows that hold it.
+def build_circuit(
+    graph: Graph,
+    public_input: bool = False,
+    logrows: int | None = None,
+    challenged: bool | None = None,
+    commit_input: bool = False,
+) -> LoweredCircuit:
+    """Build the circuit of a graph with the fewest rows (a power of two) that hold it.
 
     Args:
         graph: the integer graph.
         public_input: show the model input among the public values instead of hiding it.
         logrows: use this many rows (log2) instead of the fewest.
+        challenged: check products at a random point, or not; default: only if that takes fewer rows, since it
+            costs a column.
+        commit_input: commit to the model input alone, so that two proofs can be shown to share it.
 
     Raises:
         MambaintError: if no allowed number of rows holds the circuit.
     """
     reason = ""
+    forms = [False, True] if challenged is None else [challenged]
+    # A form that is too long for 2^k rows is not tried again before 2^k holds what it needed.
+    smallest = dict.fromkeys(forms, SMALLEST_LOGROWS)
     for k in [logrows] if logrows else range(SMALLEST_LOGROWS, LARGEST_LOGROWS + 1):
-        try:
-            lowered = lower(graph, k, public_input)
-        except CircuitTooNarrow as narrow:
-            reason = f"{narrow}, beyond the lookup table"
-            continue
-        if lowered.circuit.rows + MARGIN_ROWS <= 1 << k:
-            return lowered
-        reason = f"it needs {lowered.circuit.rows} rows"
+        for form in forms:
+            if not logrows and k < smallest[form]:
+                continue
+            try:
+                lowered = lower(graph, k, public_input, form, commit_input)
+            except CircuitTooNarrow as narrow:
+                reason = f"{narrow}, beyond the lookup table"
+                continue
+            rows = lowered.circuit.rows + MARGIN_ROWS
+            if rows <= 1 << k:
+                return lowered
+            reason = f"it needs {lowered.circuit.rows} rows"
+            # Narrower multipliers of a larger table never need more than a few rows fewer.
+            smallest[form] = (rows * 9 // 10 - 1).bit_length()
     raise MambaintError(
         f"the circuit does not fit 2^{logrows or LARGEST_LOGROWS} rows: {reason}",
         "prove a shorter sequence or a smaller model",

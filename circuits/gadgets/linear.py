@@ -1,4 +1,7 @@
-"""``linear``: all steps of a pack in one product (Kronecker packing), ternary rows by pairs of pairs."""
+"""``linear``: all steps in one product, packed into one number (Kronecker) or claimed at a random point.
+
+Either way ternary rows are read by pairs of pairs.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 
 from circuits.cells import Cells, Get, Ids, Values
-from circuits.gadgets.values import Accumulation, Computed, Summed, Value
+from circuits.gadgets.values import Accumulation, Claimed, Computed, Grid, Summed, Value, total_weight
 from mamba_int.graph import IntArray, TensorType
 from mamba_int.operations.base import rounding_shift
 
@@ -196,13 +199,75 @@ class LinearValue(Value):
             return parts[0]
         far = b.constant(np.array([1, 1 << bits * group], dtype=object))
         low, high = b.bounds(x)
-        reach = max(-low, high) << (bits * len(x))
+        reach = max(-low, high) * sum(1 << bits * t for t in range(len(x)))
         return b.dot("gk,g->k", np.stack(parts), far, (-reach, reach))
 
     def _total(self, terms: list[tuple[Ids, Values]], bounds: tuple[int, int]) -> Ids:
         left = np.stack([ids for ids, _ in terms])
         right = self.builder.constant(np.stack([coefficients for _, coefficients in terms]))
         return self.builder.dot("kj,kj->j", left, right, bounds)
+
+
+class _Projection:
+    """sum_t weights[t] (x W^T + b)[t, :] of a tensor x, made once for all slices of the outputs."""
+
+    def __init__(self, source: Value, name: str, weight: IntArray, bias: IntArray) -> None:
+        self.source = source
+        self.name = name
+        self.weight = weight
+        self.bias = bias
+        self._sums: dict[bytes, Ids] = {}
+
+    def over_time(self, weights: Ids) -> Ids:
+        """Random cells [J]."""
+        key = weights.tobytes()
+        if key not in self._sums:
+            b = self.source.builder
+            with b.part(self.name):
+                x = self.source.over_time(weights)
+                terms = combine_columns(b, x, self.weight)
+                if self.bias.any():
+                    once = total_weight(b, weights)
+                    terms.append((np.broadcast_to(once, (len(self.weight),)), self.bias.astype(object)))
+                left, right = (np.stack(parts) for parts in zip(*terms, strict=True))
+                self._sums[key] = b.dot("kj,kj->j", left, b.constant(right))
+        return self._sums[key]
+
+
+class ProjectedValue(Claimed):
+    """x W^T + b of a tensor with time axis, [T, J], or a slice of its columns, claimed.
+
+    Element (t, j) weighs alpha^(T j + t): over t the sum is W applied to sum_t alpha^t x_t, so every row of W
+    is read once, however many steps there are.
+    """
+
+    def __init__(self, projection: _Projection, name: str, tensor: TensorType, start: int, stop: int) -> None:
+        super().__init__(projection.source.builder, name, tensor)
+        self._projection = projection
+        self._columns = slice(start, stop)
+
+    def grid(self) -> Grid:
+        steps, outputs = self.type.shape
+        b = self.builder
+        return Grid(np.transpose, b.powers(outputs, steps), b.powers(steps))
+
+    def total(self) -> list[tuple[Ids, int]]:
+        grid = self.grid()
+        return [(self.builder.dot("aj,j->a", self.over_time(grid.columns)[None], grid.rows), 1)]
+
+    def exact(self, get: Get) -> Values:
+        p = self._projection
+        values: Values = p.source.honest(get) @ p.weight[self._columns].T + p.bias[self._columns]
+        return values
+
+    def _over_time(self, weights: Ids) -> Ids:
+        return self._projection.over_time(weights)[self._columns]
+
+    def sliced(self, name: str, tensor: TensorType, start: int, stop: int) -> Value:
+        if self._cells is not None:
+            return super().sliced(name, tensor, start, stop)
+        first = self._columns.start
+        return ProjectedValue(self._projection, name, tensor, first + start, first + stop)
 
 
 def direct(source: Value, weight: IntArray, bias: IntArray | None, tensor: TensorType) -> Accumulation:
@@ -313,7 +378,12 @@ class _PairSums:
 
 
 def linear(source: Value, name: str, tensor: TensorType, weight: IntArray, bias: IntArray | None) -> Value:
-    """The gadget of ``linear``: packed over time where there is a time axis, plain dots where not."""
+    """The gadget of ``linear``: packed or claimed over time where there is a time axis, plain dots where not."""
     if len(tensor.shape) == 2:
+        if source.builder.challenged:
+            projection = _Projection(
+                source, name, weight, bias if bias is not None else np.zeros(len(weight), np.int64)
+            )
+            return ProjectedValue(projection, name, tensor, 0, len(weight))
         return LinearValue(source, name, tensor, weight, bias)
     return Summed(source.builder, name, tensor, lambda: direct(source, weight, bias, tensor))

@@ -8,15 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from circuits.cells import Cells, Ids
-from circuits.gadgets.values import Accumulation, Computed, Summed, Value
+from circuits.cells import Cells, Get, Ids, Values
+from circuits.gadgets.values import Accumulation, Claimed, Computed, Grid, Summed, Value
 from mamba_int.graph import Node, TensorType
 from mamba_int.operations.base import shifted
 from mamba_int.operations.ssd import SsdBounds, node_bounds
 
 
 class SsdValue(Value):
-    """y before its shift, [T, H P]; shifted, each element is one dot with its quotient appended.
+    """y before its shift, [T, H P]; shifted, each element is one dot with its quotient appended, or all
+    elements of a chunk are claimed at once.
 
     Only pairs s < t of A need a shift: A[t, t] = (2^k - n_t) << (fA - k) is linear. D joins the diagonal of
     M, which it multiplies the same x with. The first chunk has no incoming state, so nothing is read from it.
@@ -46,24 +47,20 @@ class SsdValue(Value):
         return self._rows(lambda value, _: value.cells())
 
     def shifted(self, name: str, tensor: TensorType, places: int) -> Value:
-        def row(value: Value, t: int) -> Ids:
+        def row(value: Value, i: int) -> Ids:
             narrow = TensorType(value.type.shape, tensor.low, tensor.high)
-            return value.shifted(f"{name}.{t}", narrow, places).cells()
+            return value.shifted(f"{name}.{i}", narrow, places).cells()
 
         return _Rows(self, name, tensor, places, row)
 
     def _rows(self, make: Callable[[Value, int], Ids]) -> Ids:
         heads, width = self._inputs[3].type.shape[-1], self._node.integer("headdim")
-        rows = [
-            make(value, chunk.start + t).reshape(heads * width)
-            for chunk in self._made()
-            for t, value in enumerate(chunk.outputs())
-        ]
-        return np.stack(rows)
+        values = [value for chunk in self._made() for value in chunk.outputs()]
+        return np.concatenate([make(value, i).reshape(-1, heads * width) for i, value in enumerate(values)])
 
 
 class _Rows(Value):
-    """The shifted y: a clamp is taken row by row too, so that its lookup serves as range check."""
+    """The shifted y: a clamp is taken part by part too, so that its lookup serves as range check."""
 
     def __init__(
         self, source: SsdValue, name: str, tensor: TensorType, places: int, row: Callable[[Value, int], Ids]
@@ -78,9 +75,9 @@ class _Rows(Value):
         if self._cells is not None:
             return super().clamp(low, high)
 
-        def row(value: Value, t: int) -> Ids:
+        def row(value: Value, i: int) -> Ids:
             narrow = TensorType(value.type.shape, self.type.low, self.type.high)
-            return value.shifted(f"{self.name}.{t}", narrow, self._places).clamp(low, high)
+            return value.shifted(f"{self.name}.{i}", narrow, self._places).clamp(low, high)
 
         return self._source._rows(row)
 
@@ -107,6 +104,7 @@ class _Chunk:
         self.X = x.reshape(self.length, self.heads, self.P)
         self.Bh, self.Ch, self.n = Bh, Ch, n
         self.H = H
+        self._x_over_heads: Ids | None = None
         self._A: dict[tuple[int, int], Ids] = {}
         with b.part(f"{node.name}.A"):
             self._decay_products()
@@ -173,8 +171,10 @@ class _Chunk:
             lambda: Accumulation(left, self._scaled(right), (0,), -reach, reach),
         )
         value: Value = total
+        if b.challenged and _ProductsOfStates.pays(self.length, self.Bh.shape[1]):
+            value = _ProductsOfStates(b, f"{self.name}.CB", reach, self.Ch, self.Bh)
         if places:
-            value = total.shifted(f"{self.name}.G", TensorType((len(pairs),), -wide, wide), places)
+            value = value.shifted(f"{self.name}.G", TensorType((len(pairs),), -wide, wide), places)
         G = value.clamp(-limit, limit) if wide > limit else value.cells()
         return {pair: G[i : i + 1] for i, pair in enumerate(pairs)}
 
@@ -202,11 +202,22 @@ class _Chunk:
             )
         return {pair: M[i] for i, pair in enumerate(self.pairs)}
 
+    def x_over_heads(self) -> Ids:
+        """sum_p alpha^p x[s, h, p], random cells [s, H]."""
+        if self._x_over_heads is None:
+            with self.b.part(self.node.name):
+                self._x_over_heads = self.b.dot("shp,p->sh", self.X, self.b.powers(self.P))
+        return self._x_over_heads
+
     def outputs(self) -> list[Value]:
-        """y of each step before its shift, [H, P]: sum_s M x, skip D x, and A_u u of the carried state."""
+        """y before its shift: sum_s M x, skip D x, and A_u u of the carried state; all steps as one claim
+        [t, H, P], or a value [H, P] for each step.
+        """
         b, a = self.b, self.a
         D = self.node.constants["D"].astype(object) << a["D_align"]
         carried = self._carried() if self.H is not None else None
+        if b.challenged:
+            return [_MixedValue(self, D, carried)]
         result: list[Value] = []
         for t in range(self.length):
             left = [self.X[s] for s in range(t + 1)]
@@ -245,12 +256,14 @@ class _Chunk:
             right = np.moveaxis(self.Ch, -1, 0)  # [N, t]
             reach = self.bounds.u_pre
             shape = (self.length, self.heads, self.P)
-            total = Summed(
+            total: Value = Summed(
                 b,
                 f"{self.name}.HC",
                 TensorType(shape, -reach, reach),
                 lambda: Accumulation(left, self._scaled(right), (0,), -reach, reach),
             )
+            if b.challenged:
+                total = _ReadValue(b, f"{self.name}.HC", reach, H, self.Ch)
             bound = self.bounds.u
             u = total.shifted(f"{self.name}.u", TensorType(shape, -bound, bound), a["u_shift"]).cells()
             A = np.stack([self._A[t, -1] for t in range(self.length)])
@@ -315,6 +328,10 @@ class _Chunk:
         """shift(kappa, sigma on the pairs of H + (sum_s x_s beta_s) << c, fA), [H, P, N]."""
         b, a = self.b, self.a
         shape = (self.heads, self.P, 2 * half)
+        reach, bound = self.bounds.H_pre, self.bounds.H
+        narrow = TensorType(shape, -bound, bound)
+        if b.challenged:
+            return _StateValue(self, beta, turns).shifted(f"{self.name}.H", narrow, a["A_bits"]).cells()
         lefts = [np.broadcast_to(self.X[s][:, :, None], shape) for s in range(self.length)]
         weights = [(beta[s], 1 << a["H_align"]) for s in range(self.length)]  # [H, N]
         if turns:
@@ -333,14 +350,187 @@ class _Chunk:
         def right(m: int) -> Ids:
             return np.stack([self._scaled(ids)(m * c) for ids, c in weights])
 
-        reach, bound = self.bounds.H_pre, self.bounds.H
         total = Summed(
             b,
             f"{self.name}.inflow",
             TensorType(shape, -reach, reach),
             lambda: Accumulation(np.stack(lefts), right, (0, 2), -reach, reach),
         )
-        return total.shifted(f"{self.name}.H", TensorType(shape, -bound, bound), a["A_bits"]).cells()
+        return total.shifted(f"{self.name}.H", narrow, a["A_bits"]).cells()
+
+
+class _ProductsOfStates(Claimed):
+    """C_t . B_s for all s <= t, claimed over the whole square: the pairs s > t are private and enter nothing else.
+
+    Element (t, s) weighs alpha^(Q t + s).
+    """
+
+    def __init__(self, b: Cells, name: str, reach: int, C: Ids, B: Ids) -> None:
+        length = len(C)
+        super().__init__(b, name, TensorType((length * (length + 1) // 2,), -reach, reach))
+        self._C, self._B = C, B
+
+    @staticmethod
+    def pays(length: int, state: int) -> bool:
+        """Whether one claim needs fewer cells than a dot for each pair."""
+        pairs = length * (length + 1) // 2
+        return pairs * 3 + length * length * 3 + state * (2 * length + 1) < pairs * (state + 2)
+
+    def _weights(self, inside: bool) -> Ids:
+        length = len(self._C)
+        below = np.tri(length, dtype=bool) == inside
+        return self.builder.powers(length * length).reshape(length, length)[below]
+
+    def grid(self) -> Grid:
+        one = self.builder.constant([1])
+        return Grid(lambda ids: ids.reshape(1, -1), one, self._weights(True))
+
+    def total(self) -> list[tuple[Ids, int]]:
+        b, length = self.builder, len(self._C)
+        C = b.dot("tn,t->n", self._C, b.powers(length, length))
+        B = b.dot("sn,s->n", self._B, b.powers(length))
+        parts = [(b.dot("an,n->a", C[None], B), 1)]
+        if length > 1:
+            reach, count = self.type.magnitude, length * (length - 1) // 2
+            above = b.private(f"{self.name}.above", (count,), -reach, reach, self._above)
+            parts.append((b.dot("ak,k->a", above[None], self._weights(False)), -1))
+        return parts
+
+    def exact(self, get: Get) -> Values:
+        values: Values = (get(self._C) @ get(self._B).T)[np.tri(len(self._C), dtype=bool)]
+        return values
+
+    def _above(self, get: Get) -> Values:
+        values: Values = (get(self._C) @ get(self._B).T)[~np.tri(len(self._C), dtype=bool)]
+        return values
+
+
+class _MixedValue(Claimed):
+    """y of a chunk before its shift, [t, H, P], claimed; element (t, h, p) weighs alpha^(P (t H + h) + p)."""
+
+    def __init__(self, chunk: _Chunk, D: Any, carried: tuple[Ids, Ids] | None) -> None:
+        bound = chunk.bounds.y
+        shape = (chunk.length, chunk.heads, chunk.P)
+        super().__init__(chunk.b, f"{chunk.name}.y", TensorType(shape, -bound, bound))
+        self._chunk, self._D, self._carried = chunk, D, carried
+
+    def grid(self) -> Grid:
+        steps, heads, width = self.type.shape
+        b = self.builder
+        return Grid(lambda ids: ids.reshape(-1, width), b.powers(steps * heads, width), b.powers(width))
+
+    def total(self) -> list[tuple[Ids, int]]:
+        b, chunk, rows = self.builder, self._chunk, self.grid().rows
+        with b.part(chunk.node.name):
+            x = chunk.x_over_heads()
+            mixed = np.stack([b.dot("sh,sh->h", x[: t + 1], self._weights(t)) for t in range(chunk.length)])
+            skipped = b.dot("th,th->h", x, rows.reshape(x.shape))
+            parts = [
+                (b.dot("ai,i->a", mixed.reshape(1, -1), rows), 1 << chunk.a["M_align"]),
+                (b.dot("ah,h->a", skipped[None], b.constant(self._D)), 1),
+            ]
+            if self._carried is not None:
+                A_u, u = self._carried
+                read = b.mul(b.dot("thp,p->th", u, b.powers(chunk.P)), A_u)
+                parts.append((b.dot("ai,i->a", read.reshape(1, -1), rows), 1 << chunk.a["u_align"]))
+        return parts
+
+    def _weights(self, t: int) -> Ids:
+        return np.stack([self._chunk.M[t, s] for s in range(t + 1)])
+
+    def exact(self, get: Get) -> Values:
+        chunk = self._chunk
+        x = get(chunk.X)
+        rows = [
+            np.einsum("sh,shp->hp", get(self._weights(t)) << chunk.a["M_align"], x[: t + 1])
+            for t in range(chunk.length)
+        ]
+        y: Values = np.stack(rows) + self._D[:, None] * x
+        if self._carried is not None:
+            A_u, u = (get(ids) for ids in self._carried)
+            y = y + ((A_u[..., None] * u) << chunk.a["u_align"])
+        return y
+
+
+class _ReadValue(Claimed):
+    """sum_n H[h, p, n] C[t, n], [t, H, P], claimed; element (t, h, p) weighs alpha^(t H P + h P + p)."""
+
+    def __init__(self, b: Cells, name: str, reach: int, H: Ids, C: Ids) -> None:
+        super().__init__(b, name, TensorType((len(C), *H.shape[:2]), -reach, reach))
+        self._H, self._C = H, C
+
+    def grid(self) -> Grid:
+        steps, heads, width = self.type.shape
+        b = self.builder
+        return Grid(
+            lambda ids: ids.reshape(steps, -1), b.powers(steps, heads * width), b.powers(heads * width)
+        )
+
+    def total(self) -> list[tuple[Ids, int]]:
+        b, grid = self.builder, self.grid()
+        H = b.dot("in,i->n", self._H.reshape(-1, self._H.shape[-1]), grid.columns)
+        C = b.dot("tn,t->n", self._C, grid.rows)
+        return [(b.dot("an,n->a", H[None], C), 1)]
+
+    def exact(self, get: Get) -> Values:
+        values: Values = np.einsum("hpn,tn->thp", get(self._H), get(self._C))
+        return values
+
+
+class _StateValue(Claimed):
+    """The next state before its shift, [H, P, N], claimed: the turned state plus (sum_s x_s beta_s) << c.
+
+    Element (h, p, n) weighs alpha^(P (h N + n) + p): over p, x and the state become one cell for each head and
+    each pair (h, n), which is all that the turn and the inflow read.
+    """
+
+    def __init__(self, chunk: _Chunk, beta: Ids, turns: list[Ids]) -> None:
+        reach = chunk.bounds.H_pre
+        shape = (chunk.heads, chunk.P, beta.shape[-1])
+        super().__init__(chunk.b, f"{chunk.name}.inflow", TensorType(shape, -reach, reach))
+        self._chunk, self._beta, self._turns = chunk, beta, turns
+
+    def grid(self) -> Grid:
+        heads, width, state = self.type.shape
+        b = self.builder
+        return Grid(
+            lambda ids: np.moveaxis(ids, 1, 2).reshape(-1, width),
+            b.powers(heads * state, width),
+            b.powers(width),
+        )
+
+    def total(self) -> list[tuple[Ids, int]]:
+        b, chunk, grid = self.builder, self._chunk, self.grid()
+        rows = grid.rows.reshape(chunk.heads, -1)
+        inflow = b.dot("shn,hn->sh", self._beta, rows)
+        x = chunk.x_over_heads()
+        parts = [(b.dot("ai,i->a", inflow.reshape(1, -1), x.ravel()), 1 << chunk.a["H_align"])]
+        if self._turns:
+            assert chunk.H is not None
+            kappa, sigma = self._turns
+            state = b.dot("hpn,p->hn", chunk.H, grid.columns)
+            half = kappa.shape[-1]
+            left, right = state[:, :half], state[:, half:]
+            w1, w2 = rows[:, :half], rows[:, half:]
+            # kappa (H1 w1 + H2 w2) + sigma (H1 w2 - H2 w1)
+            along = b.add(b.mul(left, w1), b.mul(right, w2))
+            across = b.sub(b.mul(left, w2), b.mul(right, w1))
+            parts.append((b.dot("ai,i->a", along.reshape(1, -1), kappa.ravel()), 1))
+            parts.append((b.dot("ai,i->a", across.reshape(1, -1), sigma.ravel()), 1))
+        return parts
+
+    def exact(self, get: Get) -> Values:
+        chunk = self._chunk
+        H: Values = np.einsum("shp,shn->hpn", get(chunk.X), get(self._beta)) << chunk.a["H_align"]
+        if self._turns:
+            assert chunk.H is not None
+            kappa, sigma = (get(ids)[:, None] for ids in self._turns)
+            state = get(chunk.H)
+            half = kappa.shape[-1]
+            H1, H2 = state[..., :half], state[..., half:]
+            turned = np.concatenate([kappa * H1 - sigma * H2, kappa * H2 + sigma * H1], -1)
+            H = H + turned
+        return H
 
 
 def _same(accumulation: Accumulation) -> Accumulation:

@@ -61,6 +61,7 @@ class Value(ABC):
         self.name = name
         self.type = tensor
         self._cells: Ids | None = None
+        self._sums_over_time: dict[bytes, Ids] = {}
 
     def cells(self) -> Ids:
         """The tensor as cells, made on first use."""
@@ -73,6 +74,10 @@ class Value(ABC):
     def _emit(self) -> Ids:
         """Make the cells."""
 
+    def honest(self, get: Get) -> Values:
+        """Honest values, for the hints of consumers."""
+        return get(self.cells())
+
     def accumulation(self) -> Accumulation:
         """The tensor as a sum of products, for a consumer that adds terms of its own."""
         ids = self.cells()[None]
@@ -81,6 +86,21 @@ class Value(ABC):
     def shifted(self, name: str, tensor: TensorType, places: int) -> Value:
         """The tensor after the rounding shift by ``places`` > 0."""
         return Shifted(self, name, tensor, places)
+
+    def over_time(self, weights: Ids) -> Ids:
+        """sum_t weights[t] x[t, c] of a tensor [T, C], as random cells [C].
+
+        Made once for the same weights; a view of them may be longer than T.
+        """
+        key = weights.tobytes()
+        if key not in self._sums_over_time:
+            with self.builder.part(self.name):
+                self._sums_over_time[key] = self._over_time(weights)
+        return self._sums_over_time[key]
+
+    def _over_time(self, weights: Ids) -> Ids:
+        x = self.cells()
+        return self.builder.dot("tc,t->c", x, weights[: len(x)])
 
     def sliced(self, name: str, tensor: TensorType, start: int, stop: int) -> Value:
         """Elements of the last axis."""
@@ -170,6 +190,78 @@ class Combination(Value):
         return self.accumulation().emit(b)
 
 
+@dataclass(frozen=True)
+class Grid:
+    """Weights of the elements of a tensor in a claim: element (i, j) of the matrix weighs rows[i] columns[j].
+
+    Attributes:
+        matrix: a view of the tensor's shape as [rows, columns].
+        rows, columns: random cells; all their products are distinct powers of alpha.
+    """
+
+    matrix: Callable[[Ids], Ids]
+    rows: Ids
+    columns: Ids
+
+
+def total_weight(b: Cells, weights: Ids) -> Ids:
+    """The sum of weights, [1]."""
+    if len(weights) == 1:
+        return weights
+    return b.dot("ai,i->a", weights[None], np.broadcast_to(b.constant([1]), weights.shape))
+
+
+class Claimed(Value):
+    """A tensor that is a sum of products, checked as a whole at a random point instead of element by element.
+
+    What the tensor is made of (itself, or quotient and remainder of its shift) is private; the claim is that
+    the sum over all elements, each times its own power of alpha, is that of the products. So the elements are
+    the sums of products, as field elements, and no lookup is needed for that. In a shift, both quotient and
+    remainder are looked up as before.
+    """
+
+    _products: list[tuple[Ids, int]] | None = None
+
+    @abstractmethod
+    def grid(self) -> Grid:
+        """Weights of the elements."""
+
+    @abstractmethod
+    def total(self) -> list[tuple[Ids, int]]:
+        """sum of all elements, each times its weight, as parts of a claim: a random cell and its coefficient."""
+
+    @abstractmethod
+    def exact(self, get: Get) -> Values:
+        """Honest values."""
+
+    def honest(self, get: Get) -> Values:
+        return self.exact(get) if self._cells is None else get(self._cells)
+
+    def _emit(self) -> Ids:
+        self.products()
+        x = self.builder.private(
+            self.name, self.type.shape, self.type.low, self.type.high, self.exact
+        )
+        self.settle([(x, 1)], 0, 1)
+        return x
+
+    def products(self) -> list[tuple[Ids, int]]:
+        """:meth:`total`, made once; to be called before private cells whose hints need the operands."""
+        if self._products is None:
+            self._products = self.total()
+        return self._products
+
+    def settle(self, limbs: list[tuple[Ids, int]], constant: int, m: int) -> None:
+        """Claim that sum_i coefficient_i limbs_i + constant is m times the tensor, element by element."""
+        b, grid = self.builder, self.grid()
+        sums = [b.dot("ij,j->i", grid.matrix(ids), grid.columns) for ids, _ in limbs]
+        left = b.dot("ki,i->k", np.stack(sums), grid.rows)
+        parts = [(left[i], c) for i, (_, c) in enumerate(limbs)]
+        if constant:
+            parts.append((b.mul(total_weight(b, grid.columns), total_weight(b, grid.rows)), constant))
+        b.claim(parts + [(ids, -m * c) for ids, c in self.products()])
+
+
 class Shifted(Value):
     """q = floor((x + 2^(s-1)) / 2^s), the rounding shift.
 
@@ -188,44 +280,57 @@ class Shifted(Value):
     def _quotient(self, offset: int) -> Ids:
         """q - offset as private cells, constrained but not yet looked up as itself."""
         b, k, s = self.builder, self.builder.logrows, self._places
-        accumulation = self._source.accumulation()
         low, high = self.type.low - offset, self.type.high - offset
         if not b.fits(low, high):
             raise CircuitTooNarrow(self.name, max(abs(low), abs(high)))
-        shape = accumulation.left.shape[1:]
         fine = min(s, k - 4)
+        coarse = s - fine
+        if coarse > k - 4:
+            raise CircuitTooNarrow(f"{self.name} (a shift by {s})", 1 << (s // 2 + 3))
         m = 1 << (k - fine)
-        right = accumulation.right(m)
+        if isinstance(self._source, Claimed):
+            self._source.products()
+            shape, exact = self.type.shape, self._source.exact
+        else:
+            accumulation = self._source.accumulation()
+            shape, right = accumulation.left.shape[1:], accumulation.right(m)
 
-        def exact(get: Get) -> Values:
-            total: Values = np.einsum(accumulation.equation, get(accumulation.left), get(right))
-            return total // m
+            def exact(get: Get) -> Values:
+                total: Values = np.einsum(accumulation.equation, get(accumulation.left), get(right))
+                return total // m
 
         q = b.private(f"{self.name}.q", shape, low, high, lambda get: rounding_shift(exact(get), s) - offset)
-        lefts, rights = [accumulation.left, q[None]], [right, self._row(right, -(m << s))]
-        constant = -(m << s) * offset
-        if fine < s:
-            coarse = s - fine
-            if coarse > k - 4:
-                raise CircuitTooNarrow(f"{self.name} (a shift by {s})", 1 << (s // 2 + 3))
+        limbs, constant = [(q, m << s)], (m << s) * offset
+        if coarse:
+            half = 1 << (coarse - 1)
 
             def limb(get: Get) -> Values:
                 rest: Values = exact(get) - ((get(q) + offset) << s) + (1 << (s - 1))
-                return (rest >> fine) - (1 << (coarse - 1))
+                return (rest >> fine) - half
 
-            half = 1 << (coarse - 1)
             h = b.check(b.private(f"{self.name}.h", shape, -half, half - 1, limb))
             b.check(b.mul(h, b.constant([1 << (k - coarse)])))
-            lefts.append(h[None])
-            rights.append(self._row(right, -(m << fine)))
-            constant -= m << (fine - 1)
-        if constant:
-            lefts.append(np.broadcast_to(b.constant(np.ones(1, dtype=object)), (1, *shape)))
-            rights.append(self._row(right, constant))
+            limbs.append((h, m << fine))
+            constant += m << (fine - 1)
         window = 1 << (k - 1)
-        rho = b.dot(
-            accumulation.equation, np.concatenate(lefts), np.concatenate(rights), (-window, window - m)
-        )
+        bounds = (-window, window - m)
+        if isinstance(self._source, Claimed):
+
+            def remainder(get: Get) -> Values:
+                rest: Values = m * exact(get) - constant
+                for ids, c in limbs:
+                    rest = rest - get(ids) * c
+                return rest
+
+            rho = b.private(f"{self.name}.rho", shape, *bounds, remainder)
+            self._source.settle([*limbs, (rho, 1)], constant, m)
+        else:
+            lefts = [accumulation.left, *(ids[None] for ids, _ in limbs)]
+            rights = [right, *(self._row(right, -c) for _, c in limbs)]
+            if constant:
+                lefts.append(np.broadcast_to(b.constant(np.ones(1, dtype=object)), (1, *shape)))
+                rights.append(self._row(right, -constant))
+            rho = b.dot(accumulation.equation, np.concatenate(lefts), np.concatenate(rights), bounds)
         b.check(rho)
         return q
 

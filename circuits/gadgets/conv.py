@@ -1,0 +1,91 @@
+"""``conv``: the causal depthwise convolution, tap by tap or claimed at a random point."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from circuits.cells import Get, Ids, Values
+from circuits.gadgets.values import Accumulation, Claimed, Grid, Summed, Value, total_weight
+from mamba_int.graph import IntArray, Node, TensorType
+
+
+class _ConvolvedValue(Claimed):
+    """sum_d tap[c, d] x[t - d, c] + bias[c], [T, C], claimed as a product of polynomials in alpha.
+
+    Over time, sum_t alpha^t x_t times sum_d tap_d alpha^d has T + K - 1 coefficients: the T outputs, and K - 1
+    beyond the end, which are private, enter this claim only and are fixed by it. So x itself need not exist
+    as cells if its producer knows the sum over time.
+    """
+
+    def __init__(
+        self, source: Value, name: str, tensor: TensorType, taps: IntArray, bias: IntArray | None
+    ) -> None:
+        super().__init__(source.builder, name, tensor)
+        self._source = source
+        # taps[:, i] multiplies the step K - 1 - i before the present one
+        self._taps = taps[:, ::-1]
+        self._bias = bias if bias is not None else np.zeros(len(taps), np.int64)
+
+    def grid(self) -> Grid:
+        steps, channels = self.type.shape
+        b = self.builder
+        stride = steps + self._taps.shape[1] - 1
+        return Grid(np.transpose, b.powers(channels, stride), b.powers(steps))
+
+    def total(self) -> list[tuple[Ids, int]]:
+        b, grid = self.builder, self.grid()
+        steps, (channels, width) = self.type.shape[0], self._taps.shape
+        powers = b.powers(steps + width - 1)
+        delays = np.broadcast_to(powers[:width, None], (width, channels))
+        filters = b.dot("kc,kc->c", delays, b.constant(self._taps.T.astype(object)))
+        products = b.mul(self._source.over_time(grid.columns), filters)
+        parts = [(b.dot("ac,c->a", products[None], grid.rows), 1)]
+        if width > 1:
+            name, reach = f"{self.name}.beyond", self.type.magnitude
+            beyond = b.private(name, (width - 1, channels), -reach, reach, self._beyond)
+            later = b.dot("tc,t->c", beyond, powers[steps:])
+            parts.append((b.dot("ac,c->a", later[None], grid.rows), -1))
+        if self._bias.any():
+            once = total_weight(b, grid.columns)
+            biases = b.dot("ac,c->a", grid.rows[None], b.constant(self._bias.astype(object)))
+            parts.append((b.mul(biases, once), 1))
+        return parts
+
+    def _sums(self, get: Get) -> Values:
+        """All T + K - 1 sums of products."""
+        x, (channels, width) = self._source.honest(get), self._taps.shape
+        sums = np.zeros((len(x) + width - 1, channels), dtype=x.dtype)
+        for d in range(width):
+            sums[d : d + len(x)] += x * self._taps[:, d]
+        return sums
+
+    def exact(self, get: Get) -> Values:
+        values: Values = self._sums(get)[: self.type.shape[0]] + self._bias
+        return values
+
+    def _beyond(self, get: Get) -> Values:
+        return self._sums(get)[self.type.shape[0] :]
+
+
+def conv(source: Value, node: Node, tensor: TensorType) -> Value:
+    """The gadget of ``conv``: K taps of each channel as one dot over the shifted copies of x, or one claim."""
+    b = source.builder
+    taps, bias = node.constants["taps"], node.constants.get("bias")
+    if b.challenged:
+        return _ConvolvedValue(source, node.name, tensor, taps, bias)
+
+    def accumulate() -> Accumulation:
+        x = source.cells()
+        steps, channels = x.shape
+        width = taps.shape[1]
+        zeros = np.broadcast_to(b.constant([0]), (width - 1, channels))
+        padded = np.concatenate([zeros, x])
+        left = [padded[i : i + steps] for i in range(width)]
+        rows = [taps[:, i] for i in range(width)]
+        if bias is not None and bias.any():
+            left.append(np.broadcast_to(b.constant([1]), x.shape))
+            rows.append(bias)
+        right = np.stack(rows).astype(object)
+        return Accumulation(np.stack(left), lambda m: b.constant(right * m), (1,), tensor.low, tensor.high)
+
+    return Summed(b, node.name, tensor, accumulate)

@@ -46,7 +46,7 @@ FIELD = 218882428718392752222464057452572750885483644004160343436982041865758084
 """The prime of BN254's scalar field, in which the circuit computes."""
 
 CHALLENGE = "challenge"
-"""Name of the tensor that holds alpha, and of the part its powers are booked under."""
+"""Name of the public value that shows alpha, and of the part its powers are booked under."""
 
 SMALL = 1 << 62
 FLOAT_MANTISSA = 24
@@ -363,7 +363,7 @@ class Cells:
             if not self.challenged:
                 raise ValueError("this graph has no challenge")
             # Two cells: see _even. The second is left unused.
-            ids = self._new("challenge", CHALLENGE, (2,), 0, 0, random=True)
+            ids = self._new("challenge", "alpha", (2,), 0, 0, random=True)
             self._count("private", 2, CHALLENGE)
             self._power[1] = ids[:1]
         return self._power[1]

@@ -43,20 +43,24 @@ def _call(function: str, *arguments: Any, **options: Any) -> Any:
         raise EzklError(text[:500] or type(error).__name__) from error
 
 
-def _run_args(logrows: int) -> Any:
+_ARGUMENT_NAMES = {"KZGCommit": "polycommit"}
+"""Values that settings files and run arguments write differently."""
+
+
+def _run_args(logrows: int, committed: bool) -> Any:
     arguments = _call("PyRunArgs")
-    for name, value in chosen_run_arguments(logrows).items():
+    for name, value in chosen_run_arguments(logrows, committed).items():
         if name == "lookup_range":
             value = tuple(value)
         elif isinstance(value, str):
-            value = value.lower()
+            value = _ARGUMENT_NAMES.get(value, value.lower())
         setattr(arguments, name, value)
     return arguments
 
 
-def gen_settings(onnx: Path, settings: Path, logrows: int) -> None:
+def gen_settings(onnx: Path, settings: Path, logrows: int, committed: bool) -> None:
     """Write EZKL's settings for a constraint graph; EZKL picks ``run_args.logrows`` itself."""
-    _call("gen_settings", str(onnx), str(settings), py_run_args=_run_args(logrows))
+    _call("gen_settings", str(onnx), str(settings), py_run_args=_run_args(logrows, committed))
 
 
 def compile_circuit(onnx: Path, compiled: Path, settings: Path) -> None:
@@ -67,6 +71,17 @@ def compile_circuit(onnx: Path, compiled: Path, settings: Path) -> None:
 def gen_srs(srs: Path, logrows: int) -> None:
     """Write a fresh SRS whose secret this process knew: for development only."""
     _call("gen_srs", str(srs), logrows)
+
+
+def commit(values: list[str], settings: Path, vk: Path, srs: Path) -> bytes:
+    """Commitment of a committed input, as it will stand in the proof.
+
+    Args:
+        values: field elements as 64 hex digits.
+    """
+    points = _call("kzg_commit", values, str(vk), str(settings), str(srs))
+    coordinates = [coordinate for point in points for coordinate in (point.x, point.y)]
+    return b"".join(bytes.fromhex(coordinate)[::-1] for coordinate in coordinates)
 
 
 def setup(compiled: Path, vk: Path, pk: Path, srs: Path) -> None:

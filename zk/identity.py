@@ -7,10 +7,10 @@ from typing import Any
 
 from circuits.circuit import Circuit
 from mamba_int.files import canonical_json
-from zk.jobs import pack_public
+from zk.jobs import committed_inputs, pack_public
 from zk.settings import run_arguments
 
-KEYS_VERSION = 1
+KEYS_VERSION = 2
 """Raised when the way keys are made changes, so that old keys are not used."""
 
 
@@ -27,9 +27,9 @@ def circuit_id(circuit: Circuit, srs_sha256: str, ezkl_version: str) -> str:
         "onnx_sha256": hashlib.sha256(circuit.onnx).hexdigest(),
         "logrows": circuit.logrows,
         "rows": circuit.rows,
-        "private": [list(item) for item in circuit.private],
+        "inputs": [[group.name, group.committed, *map(list, group.members)] for group in circuit.inputs],
         "public": pack_public(circuit.public),
-        "run_args": run_arguments(circuit.logrows),
+        "run_args": run_arguments(circuit.logrows, bool(committed_inputs(circuit))),
         "ezkl_version": ezkl_version,
         "srs_sha256": srs_sha256,
     }

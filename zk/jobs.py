@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 from typing import Any
 
-from circuits.circuit import Circuit, PublicTensor, Witness
+from circuits.circuit import SALTS, Circuit, InputTensor, PublicTensor, Witness
 from mamba_int.errors import MambaintError
 from zk import field
+
+
+CHALLENGE = "challenge"
+"""Name of the public value that is the challenge, and of the committed input it comes from."""
+CHALLENGE_SIZE = 2
+"""Elements of the ONNX input ``challenge``: the challenge, and a spare cell that nothing reads."""
 
 
 def pack_circuit(circuit: Circuit) -> dict[str, Any]:
@@ -16,17 +23,29 @@ def pack_circuit(circuit: Circuit) -> dict[str, Any]:
         "logrows": circuit.logrows,
         "rows": circuit.rows,
         "public": pack_public(circuit.public),
+        "committed": [size for _, size in committed_inputs(circuit)],
     }
 
 
+def committed_inputs(circuit: Circuit) -> tuple[tuple[str, int], ...]:
+    """Names and sizes of the inputs EZKL commits to: all or none, the challenge too, which comes last."""
+    if not any(group.committed for group in circuit.inputs):
+        return ()
+    challenge = ((CHALLENGE, CHALLENGE_SIZE),) if circuit.challenged else ()
+    return tuple((group.name, group.size) for group in circuit.inputs) + challenge
+
+
 def pack_public(tensors: Sequence[PublicTensor]) -> list[dict[str, Any]]:
-    """Public tensors as JSON: name, shape, forced value or null."""
-    return [{"name": t.name, "shape": list(t.shape), "forced": t.forced} for t in tensors]
+    """Public tensors as JSON: name, shape, forced value or null, whether it is the challenge."""
+    return [
+        {"name": t.name, "shape": list(t.shape), "forced": t.forced, "challenge": t.challenge}
+        for t in tensors
+    ]
 
 
 def unpack_public(values: list[dict[str, Any]]) -> tuple[PublicTensor, ...]:
     """The reverse of :func:`pack_public`."""
-    return tuple(PublicTensor(v["name"], tuple(v["shape"]), v["forced"]) for v in values)
+    return tuple(PublicTensor(v["name"], tuple(v["shape"]), v["forced"], v["challenge"]) for v in values)
 
 
 def _fault(reason: str) -> MambaintError:
@@ -36,14 +55,30 @@ def _fault(reason: str) -> MambaintError:
     )
 
 
-def _private(circuit: Circuit, witness: Witness) -> list[list[str]]:
+def _salts(group: InputTensor, witness: Witness) -> list[int]:
+    if not group.committed:
+        return []
+    salts = witness.salts.get(group.name) or [secrets.randbelow(field.PRIME) for _ in range(SALTS)]
+    if len(salts) != SALTS:
+        raise _fault(f"{group.name} has {len(salts)} salts and must have {SALTS}")
+    return salts
+
+
+def _inputs(circuit: Circuit, witness: Witness) -> list[list[str]]:
     expected = dict(circuit.private)
     if set(witness.private) != set(expected):
         raise _fault(f"its inputs are {sorted(witness.private)} and must be {sorted(expected)}")
     for name, size in circuit.private:
         if len(witness.private[name]) != size:
             raise _fault(f"{name} has {len(witness.private[name])} values and must have {size}")
-    return [[field.encode(v) for v in witness.private[name]] for name, _ in circuit.private]
+    return [
+        [
+            field.encode(v)
+            for values in (*(witness.private[name] for name, _ in group.members), _salts(group, witness))
+            for v in values
+        ]
+        for group in circuit.inputs
+    ]
 
 
 def _check_public(tensor: PublicTensor, values: list[int]) -> None:
@@ -52,22 +87,31 @@ def _check_public(tensor: PublicTensor, values: list[int]) -> None:
 
 
 def pack_witness(circuit: Circuit, witness: Witness) -> dict[str, Any]:
-    """An honest witness: every input and every output must be there, forced outputs at their value.
+    """An honest witness: every input and every output but the challenge, forced outputs at their value.
 
     Raises:
         MambaintError: if the witness is of another circuit or breaks a forced output.
     """
-    if set(witness.public) != {tensor.name for tensor in circuit.public}:
+    known = [tensor for tensor in circuit.public if not tensor.challenge]
+    if set(witness.public) != {tensor.name for tensor in known}:
         raise _fault(f"its outputs are {sorted(witness.public)}")
-    for tensor in circuit.public:
+    for tensor in known:
         values = witness.public[tensor.name]
         _check_public(tensor, values)
         if tensor.forced is not None and any(value != tensor.forced for value in values):
             raise _fault(f"{tensor.name} must be {tensor.forced} everywhere")
     return {
-        "private": _private(circuit, witness),
-        "public": [[field.encode(v) for v in witness.public[t.name]] for t in circuit.public],
+        "inputs": _inputs(circuit, witness),
+        "public": [
+            None if t.challenge else [field.encode(v) for v in witness.public[t.name]] for t in circuit.public
+        ],
+        "stated": stated_values(circuit, witness),
     }
+
+
+def stated_values(circuit: Circuit, witness: Witness) -> dict[str, list[int]]:
+    """The public values that are part of the statement."""
+    return {t.name: [int(v) for v in witness.public[t.name]] for t in circuit.public if t.stated}
 
 
 def pack_claim(circuit: Circuit, witness: Witness) -> dict[str, Any]:
@@ -88,4 +132,4 @@ def pack_claim(circuit: Circuit, witness: Witness) -> dict[str, Any]:
             public.append([field.encode(v) for v in witness.public[tensor.name]])
         else:
             public.append(None)
-    return {"private": _private(circuit, witness), "public": public}
+    return {"inputs": _inputs(circuit, witness), "public": public, "challenged": circuit.challenged}

@@ -13,7 +13,7 @@ from mamba_int.files import canonical_json, read_bytes, read_json
 from zk import store
 from zk.ezkl_calls import installed_version
 from zk.identity import KEYS_VERSION, circuit_id
-from zk.jobs import pack_circuit, pack_witness
+from zk.jobs import committed_inputs, pack_circuit, pack_witness
 from zk.package import Package
 from zk.process import run_job
 from zk.srs import Srs
@@ -32,6 +32,7 @@ class Keys:
         ezkl_version: that made the keys.
         logrows: of the circuit.
         public: the circuit's outputs, in order.
+        committed: names and sizes of the inputs a proof commits to, in order.
         srs: the SRS the keys belong to.
         proof_bytes: exact length of every proof of this circuit.
         keygen_seconds: time spent making the keys; 0.0 if they were in the cache.
@@ -45,6 +46,7 @@ class Keys:
     ezkl_version: str
     logrows: int
     public: tuple[PublicTensor, ...]
+    committed: tuple[tuple[str, int], ...]
     srs: Srs
     proof_bytes: int
     keygen_seconds: float
@@ -65,6 +67,7 @@ class Keys:
             logrows=self.logrows,
             proof_bytes=self.proof_bytes,
             public=self.public,
+            committed=self.committed,
             statement=statement,
             srs_kind=self.srs.kind,
             srs_sha256=self.srs.sha256,
@@ -118,6 +121,7 @@ def make_keys(
         ezkl_version=ezkl_version,
         logrows=circuit.logrows,
         public=circuit.public,
+        committed=committed_inputs(circuit),
         srs=srs,
         proof_bytes=manifest["proof_bytes"],
         keygen_seconds=seconds,
@@ -132,7 +136,7 @@ def _generate(
     (folder / "circuit.onnx").write_bytes(circuit.onnx)
     job = {
         "folder": str(folder),
-        "circuit": pack_circuit(circuit),
+        "circuit": {**pack_circuit(circuit), "circuit_id": identity},
         "sample": pack_witness(circuit, sample),
         "srs": str(srs.path),
     }

@@ -19,12 +19,13 @@ from mamba_int.errors import MambaintError
 from mamba_int.files import canonical_json, parse_json
 from zk.field import HALF
 from zk.identity import is_sha256
-from zk.jobs import pack_public
+from zk.challenge import POINT_BYTES
+from zk.jobs import CHALLENGE, pack_public
 from zk.settings import check_settings
 from zk.srs_format import KINDS, VERIFYING_BYTES, SrsKind
 
 FORMAT = "mambaint-verifier"
-VERSION = 1
+VERSION = 2
 
 _LIMITS = {
     "card.json": 1 << 20,
@@ -51,6 +52,7 @@ class Package:
         logrows: of the circuit.
         proof_bytes: exact length of every proof.
         public: the circuit's outputs, in order.
+        committed: names and sizes of the inputs a proof commits to, in order of the commitments at its head.
         statement: what a proof says, for people; any JSON object.
         srs_kind: "development" or "ceremony".
         srs_sha256: hash of the full SRS file (hex).
@@ -66,6 +68,7 @@ class Package:
     logrows: int
     proof_bytes: int
     public: tuple[PublicTensor, ...]
+    committed: tuple[tuple[str, int], ...]
     statement: dict[str, Any]
     srs_kind: SrsKind
     srs_sha256: str
@@ -110,6 +113,7 @@ class Package:
             "logrows": self.logrows,
             "proof_bytes": self.proof_bytes,
             "public": pack_public(self.public),
+            "committed": [list(item) for item in self.committed],
             "statement": self.statement,
             "settings_sha256": hashlib.sha256(self.settings).hexdigest(),
             "vk_sha256": hashlib.sha256(self.vk).hexdigest(),
@@ -222,7 +226,7 @@ def _decode_public(value: Any) -> tuple[PublicTensor, ...]:
     tensors = []
     for item in value:
         _expect(
-            isinstance(item, dict) and set(item) == {"name", "shape", "forced"},
+            isinstance(item, dict) and set(item) == {"name", "shape", "forced", "challenge"},
             "card.json: a public tensor has wrong fields",
         )
         name, shape, forced = item["name"], item["shape"], item["forced"]
@@ -240,10 +244,42 @@ def _decode_public(value: Any) -> tuple[PublicTensor, ...]:
             forced is None or _is_count(forced, -HALF, HALF),
             f"card.json: the forced value of {name} is wrong",
         )
-        tensors.append(PublicTensor(name, tuple(shape), forced))
+        challenge = item["challenge"]
+        _expect(
+            type(challenge) is bool and not (challenge and (forced is not None or shape != [1])),
+            f"card.json: {name} is wrongly marked as the challenge",
+        )
+        tensors.append(PublicTensor(name, tuple(shape), forced, challenge))
     _expect(len({t.name for t in tensors}) == len(tensors), "card.json: two public tensors share a name")
     _expect(sum(t.size for t in tensors) <= _MAX_PUBLIC_VALUES, "card.json: too many public values")
     return tuple(tensors)
+
+
+def _decode_committed(
+    value: Any, public: tuple[PublicTensor, ...], proof_bytes: int
+) -> tuple[tuple[str, int], ...]:
+    _expect(isinstance(value, list) and len(value) <= 64, "card.json: committed is not a list")
+    for item in value:
+        _expect(
+            isinstance(item, list)
+            and len(item) == 2
+            and isinstance(item[0], str)
+            and 0 < len(item[0]) <= 256
+            and item[0].isprintable()
+            and _is_count(item[1], 1, _MAX_PUBLIC_VALUES),
+            "card.json: a committed input is not a name and a size",
+        )
+    names = [name for name, _ in value]
+    _expect(len(set(names)) == len(names), "card.json: two committed inputs share a name")
+    challenges = sum(tensor.challenge for tensor in public)
+    # A challenge that is not derived from commitments to everything else would be the prover's choice.
+    _expect(
+        challenges == names.count(CHALLENGE) <= 1
+        and (not challenges or (len(names) > 1 and names[-1] == CHALLENGE)),
+        "card.json: the challenge is not derived from commitments",
+    )
+    _expect(len(names) * POINT_BYTES <= proof_bytes, "card.json: the proof cannot hold its commitments")
+    return tuple((name, size) for name, size in value)
 
 
 _CARD = {
@@ -256,6 +292,7 @@ _CARD = {
     "logrows",
     "proof_bytes",
     "public",
+    "committed",
     "statement",
     "settings_sha256",
     "vk_sha256",
@@ -296,6 +333,7 @@ def _decode_card(card: Any, content: dict[str, bytes]) -> Package:
         "card.json: the SRS is for another number of rows",
     )
     public = _decode_public(card["public"])
+    committed = _decode_committed(card["committed"], public, card["proof_bytes"])
     hashed = {
         "settings.json": card["settings_sha256"],
         "vk.key": card["vk_sha256"],
@@ -312,7 +350,13 @@ def _decode_card(card: Any, content: dict[str, bytes]) -> Package:
     )
     settings = parse_json(content["settings.json"], "settings.json")
     # The proof does not authenticate the settings: refuse any under which it would mean something else.
-    check_settings(settings, logrows=card["logrows"], public=public, ezkl_version=card["ezkl"])
+    check_settings(
+        settings,
+        logrows=card["logrows"],
+        public=public,
+        committed=[size for _, size in committed],
+        ezkl_version=card["ezkl"],
+    )
     _expect(
         canonical_json(settings) == content["settings.json"], "settings.json is not in the one canonical form"
     )
@@ -324,6 +368,7 @@ def _decode_card(card: Any, content: dict[str, bytes]) -> Package:
         logrows=card["logrows"],
         proof_bytes=card["proof_bytes"],
         public=public,
+        committed=committed,
         statement=card["statement"],
         srs_kind=srs["kind"],
         srs_sha256=srs["sha256"],

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from circuits.circuit import Circuit, Witness
 from mamba_int.errors import MambaintError
-from zk.jobs import pack_circuit, pack_claim, pack_witness
+from zk.jobs import pack_circuit, pack_claim, pack_witness, stated_values
 from zk.keys import Keys, job_timeout
 from zk.package import decode_package
 from zk.process import run_job
@@ -58,6 +58,7 @@ def prove(
         )
     job = {
         "witness": pack_witness(circuit, witness),
+        "circuit": {**pack_circuit(circuit), "circuit_id": keys.circuit_id},
         "keys": str(keys.folder),
         "srs": str(keys.srs.path),
     }
@@ -69,11 +70,7 @@ def prove(
         model_id=circuit.model_id,
         circuit_id=keys.circuit_id,
         verifier_package=digest,
-        public={
-            tensor.name: [int(value) for value in witness.public[tensor.name]]
-            for tensor in circuit.public
-            if tensor.forced is None
-        },
+        public=stated_values(circuit, witness),
         segments=(segment,),
     ).encode()
     verdict = check(proof, trusted, digest)

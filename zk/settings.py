@@ -38,7 +38,7 @@ _LEFT_AS_THEY_ARE = {
 }
 
 
-def chosen_run_arguments(logrows: int) -> dict[str, Any]:
+def chosen_run_arguments(logrows: int, committed: bool) -> dict[str, Any]:
     """The run arguments we set, as they are written in a settings file.
 
     The declared top of the lookup range only decides the number of table columns (one); EZKL fills the
@@ -60,7 +60,7 @@ def chosen_run_arguments(logrows: int) -> dict[str, Any]:
         "lookup_range": [table_low(logrows), (1 << (logrows - 1)) - 192],
         "logrows": logrows,
         "num_inner_cols": WIDTH,
-        "input_visibility": "Private",
+        "input_visibility": "KZGCommit" if committed else "Private",
         "output_visibility": "Public",
         "param_visibility": "Fixed",
         "check_mode": "UNSAFE",
@@ -69,9 +69,9 @@ def chosen_run_arguments(logrows: int) -> dict[str, Any]:
     }
 
 
-def run_arguments(logrows: int) -> dict[str, Any]:
+def run_arguments(logrows: int, committed: bool) -> dict[str, Any]:
     """All run arguments a settings file of ours has: the chosen ones and the defaults we rely on."""
-    return {**_LEFT_AS_THEY_ARE, **chosen_run_arguments(logrows)}
+    return {**_LEFT_AS_THEY_ARE, **chosen_run_arguments(logrows, committed)}
 
 
 def _refuse(reason: str, remedy: str) -> None:
@@ -93,7 +93,13 @@ def _same(value: Any, expected: Any) -> bool:
 
 
 def check_settings(
-    settings: Any, *, logrows: int, public: Sequence[PublicTensor], ezkl_version: str, rows: int | None = None
+    settings: Any,
+    *,
+    logrows: int,
+    public: Sequence[PublicTensor],
+    committed: Sequence[int],
+    ezkl_version: str,
+    rows: int | None = None,
 ) -> None:
     """Refuse settings under which a proof would not mean what we say it means.
 
@@ -101,6 +107,7 @@ def check_settings(
         settings: the parsed settings file, with ``run_args.logrows`` already ours.
         logrows: log2 of the rows the circuit was designed for.
         public: the circuit's outputs in order.
+        committed: sizes of the inputs the proof commits to, in order; empty where inputs are plainly private.
         ezkl_version: version the settings must have been made by.
         rows: predicted number of rows; None if unknown (a verifier does not know it).
 
@@ -110,7 +117,7 @@ def check_settings(
     builder = "this is a fault of the circuit builder: report it with the model"
     if not isinstance(settings, dict):
         _refuse("they are not a JSON object", "check that the file is complete and unmodified")
-    asked, found = run_arguments(logrows), _at(settings, "run_args")
+    asked, found = run_arguments(logrows, bool(committed)), _at(settings, "run_args")
     if not isinstance(found, dict) or set(found) != set(asked):
         _refuse(
             "the set of run arguments is not the known one", "install the EZKL version that mambaint pins"
@@ -130,7 +137,7 @@ def check_settings(
         (("total_shuffle_col_size",), 0, builder),
         (("model_instance_shapes",), shapes, builder),
         (("model_output_scales",), [0] * len(public), builder),
-        (("module_sizes", "polycommit"), [], builder),
+        (("module_sizes", "polycommit"), list(committed), builder),
         (("module_sizes", "poseidon"), [0, [0]], builder),
     ]
     for path, value, remedy in exact:
@@ -143,11 +150,16 @@ def check_settings(
     lookups = _at(settings, "required_lookups")
     if not _same(lookups, []) and not _same(lookups, [_LOOKUP]):
         _refuse(f"required_lookups is {lookups!r} and must be none or {[_LOOKUP]!r}", builder)
-    _check_size(settings, logrows, public, rows, builder)
+    _check_size(settings, logrows, public, committed, rows, builder)
 
 
 def _check_size(
-    settings: dict[str, Any], logrows: int, public: Sequence[PublicTensor], rows: int | None, builder: str
+    settings: dict[str, Any],
+    logrows: int,
+    public: Sequence[PublicTensor],
+    committed: Sequence[int],
+    rows: int | None,
+    builder: str,
 ) -> None:
     counted = _at(settings, "num_rows")
     constants = _at(settings, "total_const_size")
@@ -159,7 +171,7 @@ def _check_size(
             "this is a fault of the cost model: report it with the model",
         )
     room = (1 << logrows) - MARGIN_ROWS
-    largest = max(counted, constants, sum(tensor.size for tensor in public))
+    largest = max(counted, constants, sum(tensor.size for tensor in public), *committed)
     if largest > room:
         raise MambaintError(
             f"the circuit needs {largest} rows and 2^{logrows} has room for {room}",

@@ -8,6 +8,7 @@ without any other sign, so the edges are measured before any key is trusted.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from circuits.circuit import PublicTensor, table_high, table_low
@@ -29,7 +30,14 @@ def _one_lookup() -> bytes:
     return serialised
 
 
-def prepare(folder: Path, *, logrows: int, public: tuple[PublicTensor, ...], rows: int | None = None) -> None:
+def prepare(
+    folder: Path,
+    *,
+    logrows: int,
+    public: tuple[PublicTensor, ...],
+    committed: Sequence[int] = (),
+    rows: int | None = None,
+) -> None:
     """Turn ``folder/circuit.onnx`` into guarded, canonical ``settings.json`` and ``model.ezkl``.
 
     Raises:
@@ -37,26 +45,34 @@ def prepare(folder: Path, *, logrows: int, public: tuple[PublicTensor, ...], row
         EzklError: if EZKL cannot read the graph.
     """
     onnx, settings = folder / "circuit.onnx", folder / "settings.json"
-    ezkl_calls.gen_settings(onnx, settings, logrows)
+    ezkl_calls.gen_settings(onnx, settings, logrows, bool(committed))
     parsed = read_json(settings)
     # gen_settings fits logrows to its own idea; ours was designed together with the multipliers.
     parsed["run_args"]["logrows"] = logrows
     check_settings(
-        parsed, logrows=logrows, public=public, ezkl_version=ezkl_calls.installed_version(), rows=rows
+        parsed,
+        logrows=logrows,
+        public=public,
+        committed=committed,
+        ezkl_version=ezkl_calls.installed_version(),
+        rows=rows,
     )
     settings.write_bytes(canonical_settings(parsed))
     ezkl_calls.compile_circuit(onnx, folder / "model.ezkl", settings)
 
 
-def check_edges(folder: Path, logrows: int) -> None:
+def check_edges(folder: Path, logrows: int, committed: bool) -> None:
     """Measure the table of a one-lookup circuit in ``folder`` (an empty scratch folder).
+
+    Args:
+        committed: whether inputs are committed, as in the circuit the measurement is for.
 
     Raises:
         MambaintError: if the table does not end where the gadgets assume.
     """
     folder.mkdir()
     (folder / "circuit.onnx").write_bytes(_one_lookup())
-    prepare(folder, logrows=logrows, public=(PublicTensor("y", (1,)),))
+    prepare(folder, logrows=logrows, public=(PublicTensor("y", (1,)),), committed=[1] if committed else [])
     low, high = table_low(logrows), table_high(logrows)
     expected = {low - 1: False, low: True, high: True, high + 1: False}
     for value, inside in expected.items():

@@ -14,6 +14,7 @@ from typing import Any
 from mamba_int.errors import MambaintError
 from mamba_int.files import canonical_json
 from zk import ezkl_calls, field
+from zk.challenge import POINT_BYTES, derive_challenge
 from zk.ezkl_calls import EzklError
 from zk.package import Package, read_package
 from zk.proof import MAX_FILE_BYTES, InvalidProof, Proof, decode_proof
@@ -86,7 +87,11 @@ def check(
     try:
         proof = decode_proof(raw_proof)
         _check_identity(proof, package, package_sha256, expected_model_id)
-        _check_segment(proof.segments[0], rebuild_instances(proof.public, package), package)
+        segment = proof.segments[0]
+        # EZKL ignores bytes after the proof, so the length is ours to check.
+        if len(segment) != package.proof_bytes:
+            raise InvalidProof(f"the proof has {len(segment)} bytes and must have {package.proof_bytes}")
+        _check_segment(segment, rebuild_instances(proof.public, segment, package), package)
         public = proof.public
     except InvalidProof as error:
         reason = str(error)
@@ -114,13 +119,19 @@ def _check_identity(proof: Proof, package: Package, digest: str, expected: str |
         raise InvalidProof(f"it was made for verifier package {proof.verifier_package}, not {digest}")
 
 
-def rebuild_instances(public: dict[str, list[int]], package: Package) -> list[str]:
-    """The circuit's instances from the public values: package order and shapes, forced values filled in.
+def rebuild_instances(public: dict[str, list[int]], segment: bytes, package: Package) -> list[str]:
+    """The circuit's instances from the public values: package order and shapes, forced values filled in, the
+    challenge derived from the commitments at the head of the proof.
+
+    Args:
+        public: the stated values.
+        segment: the bytes of the proof, of the package's length.
+        package: the trusted package.
 
     Raises:
         InvalidProof: if a value is missing, superfluous or outside the field.
     """
-    free = [tensor for tensor in package.public if tensor.forced is None]
+    free = [tensor for tensor in package.public if tensor.stated]
     missing = sorted({tensor.name for tensor in free} - set(public))
     unknown = sorted(set(public) - {tensor.name for tensor in free})
     if missing:
@@ -131,6 +142,10 @@ def rebuild_instances(public: dict[str, list[int]], package: Package) -> list[st
     for tensor in package.public:
         if tensor.forced is not None:
             instances += [field.encode(tensor.forced)] * tensor.size
+            continue
+        if tensor.challenge:
+            commitments = segment[: POINT_BYTES * (len(package.committed) - 1)]
+            instances.append(field.encode(derive_challenge(package.circuit_id, public, commitments)))
             continue
         values = public[tensor.name]
         if len(values) != tensor.size:
@@ -145,9 +160,6 @@ def rebuild_instances(public: dict[str, list[int]], package: Package) -> list[st
 
 
 def _check_segment(proof: bytes, instances: list[str], package: Package) -> None:
-    # EZKL ignores bytes after the proof, so the length is ours to check.
-    if len(proof) != package.proof_bytes:
-        raise InvalidProof(f"the proof has {len(proof)} bytes and must have {package.proof_bytes}")
     with TemporaryDirectory(prefix="mambaint-") as name:
         folder = Path(name)
         content = {

@@ -18,9 +18,10 @@ from typing import Any
 
 from mamba_int.errors import MambaintError
 from mamba_int.files import canonical_json, read_json
-from zk import ezkl_calls, table
+from zk import ezkl_calls, field, table
+from zk.challenge import derive_challenge
 from zk.ezkl_calls import EzklError
-from zk.jobs import unpack_public
+from zk.jobs import CHALLENGE_SIZE, unpack_public
 
 
 def _peak_bytes() -> int:
@@ -35,20 +36,32 @@ def _peak_bytes() -> int:
     return used if sys.platform == "darwin" else used * 1024
 
 
-def _write_inputs(scratch: Path, private: list[list[str]]) -> Path:
+def _write_inputs(scratch: Path, inputs: list[list[str]]) -> Path:
     path = scratch / "input.json"
-    path.write_bytes(canonical_json({"input_data": private}))
+    path.write_bytes(canonical_json({"input_data": inputs}))
     return path
 
 
-def _prove(witness: dict[str, Any], keys: Path, srs: Path, scratch: Path) -> dict[str, Any]:
-    """Witness, check against the expected outputs, proof."""
-    compiled = keys / "model.ezkl"
+def _with_challenge(inputs: list[list[str]], challenge: int) -> list[list[str]]:
+    return [*inputs, [field.encode(challenge), *[field.encode(0)] * (CHALLENGE_SIZE - 1)]]
+
+
+def _prove(
+    witness: dict[str, Any], circuit: dict[str, Any], keys: Path, srs: Path, scratch: Path
+) -> dict[str, Any]:
+    """Commitments and challenge, witness, check against the expected outputs, proof."""
+    compiled, settings, vk = keys / "model.ezkl", keys / "settings.json", keys / "vk.key"
     started = time.perf_counter()
-    inputs = _write_inputs(scratch, witness["private"])
-    outputs = ezkl_calls.gen_witness(inputs, compiled, scratch / "witness.json")
+    inputs, expected, commitments = witness["inputs"], witness["public"], b""
+    if circuit["committed"]:
+        commitments = b"".join(ezkl_calls.commit(values, settings, vk, srs) for values in inputs)
+    if None in expected:
+        challenge = derive_challenge(circuit["circuit_id"], witness["stated"], commitments)
+        inputs = _with_challenge(inputs, challenge)
+        expected = [[field.encode(challenge)] if values is None else values for values in expected]
+    outputs = ezkl_calls.gen_witness(_write_inputs(scratch, inputs), compiled, scratch / "witness.json")
     witnessed = time.perf_counter()
-    if outputs != witness["public"]:
+    if outputs != expected:
         raise MambaintError(
             "the circuit and the interpreter disagree on this input, so nothing was proved",
             "this is a fault of the circuit builder: report it with the model and the input",
@@ -56,6 +69,10 @@ def _prove(witness: dict[str, Any], keys: Path, srs: Path, scratch: Path) -> dic
     ezkl_calls.prove(scratch / "witness.json", compiled, keys / "pk.key", scratch / "proof.json", srs)
     proved = time.perf_counter()
     proof = bytes(read_json(scratch / "proof.json")["proof"])
+    if not proof.startswith(commitments):
+        raise MambaintError(
+            "the proof does not begin with the commitments of its inputs", "install the EZKL version mambaint pins"
+        )
     return {
         "proof": proof.hex(),
         "witness_seconds": witnessed - started,
@@ -73,12 +90,18 @@ def setup(job: dict[str, Any], scratch: Path) -> dict[str, Any]:
     """Make the keys of the circuit in a folder, and prove one sample with them for the proof's length."""
     folder, circuit, srs = Path(job["folder"]), job["circuit"], Path(job["srs"])
     started = time.perf_counter()
-    table.check_edges(scratch / "edges", circuit["logrows"])
+    table.check_edges(scratch / "edges", circuit["logrows"], bool(circuit["committed"]))
     public = unpack_public(circuit["public"])
-    table.prepare(folder, logrows=circuit["logrows"], public=public, rows=circuit["rows"])
+    table.prepare(
+        folder,
+        logrows=circuit["logrows"],
+        public=public,
+        committed=circuit["committed"],
+        rows=circuit["rows"],
+    )
     ezkl_calls.setup(folder / "model.ezkl", folder / "vk.key", folder / "pk.key", srs)
     seconds, peak = time.perf_counter() - started, _peak_bytes()
-    sample = _prove(job["sample"], folder, srs, scratch)
+    sample = _prove(job["sample"], circuit, folder, srs, scratch)
     return {
         "keygen_seconds": seconds,
         "keygen_peak_bytes": peak,
@@ -88,7 +111,7 @@ def setup(job: dict[str, Any], scratch: Path) -> dict[str, Any]:
 
 def prove(job: dict[str, Any], scratch: Path) -> dict[str, Any]:
     """Prove one witness with finished keys."""
-    return _prove(job["witness"], Path(job["keys"]), Path(job["srs"]), scratch)
+    return _prove(job["witness"], job["circuit"], Path(job["keys"]), Path(job["srs"]), scratch)
 
 
 def mock(job: dict[str, Any], scratch: Path) -> dict[str, Any]:
@@ -96,11 +119,21 @@ def mock(job: dict[str, Any], scratch: Path) -> dict[str, Any]:
     circuit = job["circuit"]
     (scratch / "circuit.onnx").write_bytes(bytes.fromhex(job["onnx"]))
     public = unpack_public(circuit["public"])
-    table.prepare(scratch, logrows=circuit["logrows"], public=public, rows=circuit["rows"])
+    table.prepare(
+        scratch,
+        logrows=circuit["logrows"],
+        public=public,
+        committed=circuit["committed"],
+        rows=circuit["rows"],
+    )
     compiled, witness = scratch / "model.ezkl", scratch / "witness.json"
     accepted = []
     for claim in job["claims"]:
-        computed = ezkl_calls.gen_witness(_write_inputs(scratch, claim["private"]), compiled, witness)
+        inputs = claim["inputs"]
+        if claim["challenged"]:
+            # Without keys there are no commitments; a hash of the inputs themselves fixes them as well.
+            inputs = _with_challenge(inputs, derive_challenge("", {}, canonical_json(inputs)))
+        computed = ezkl_calls.gen_witness(_write_inputs(scratch, inputs), compiled, witness)
         written = read_json(witness)
         written["outputs"] = [
             own if claimed is None else claimed

@@ -379,7 +379,8 @@ class _ProductsOfStates(Claimed):
     def _weights(self, inside: bool) -> Ids:
         length = len(self._C)
         below = np.tri(length, dtype=bool) == inside
-        return self.builder.powers(length * length).reshape(length, length)[below]
+        weights: Ids = self.builder.powers(length * length).reshape(length, length)[below]
+        return weights
 
     def grid(self) -> Grid:
         one = self.builder.constant([1])
@@ -445,10 +446,10 @@ class _MixedValue(Claimed):
             np.einsum("sh,shp->hp", get(self._weights(t)) << chunk.a["M_align"], x[: t + 1])
             for t in range(chunk.length)
         ]
-        y: Values = np.stack(rows) + self._D[:, None] * x
+        y: Values = np.stack(rows) + self._D.astype(np.int64)[:, None] * x
         if self._carried is not None:
             A_u, u = (get(ids) for ids in self._carried)
-            y = y + ((A_u[..., None] * u) << chunk.a["u_align"])
+            y += (A_u[..., None] * u) << chunk.a["u_align"]
         return y
 
 

@@ -79,11 +79,11 @@ SIBLINGS = {
     "one entry of a table moved": (GRAPHS["table"](), reversed_constant(GRAPHS["table"](), "out", "values")),
     "one constant of a comparison": (
         GRAPHS["compare_constant"](),
-        other_value(GRAPHS["compare_constant"](), "out", "value", (3,), 16),
+        other_value(GRAPHS["compare_constant"](), "out", "value", (3,), -17),
     ),
     "one constant of a wide comparison": (
         GRAPHS["compare_wide_constant"](),
-        other_value(GRAPHS["compare_wide_constant"](), "out", "value", (3,), 7999),
+        other_value(GRAPHS["compare_wide_constant"](), "out", "value", (3,), -8000),
     ),
     "sides of a comparison exchanged": (
         GRAPHS["compare"](),

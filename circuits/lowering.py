@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from circuits.cells import CHALLENGE, Cells, CircuitTooNarrow, Ids, Values
 from circuits.circuit import SALTS, Circuit, InputTensor, PublicTensor, Witness
 from circuits.constraint_onnx import write_onnx
+from circuits.gadgets.choice import compare, pointer, select, table
 from circuits.gadgets.conv import conv
 from circuits.gadgets.division import div, isqrt
 from circuits.gadgets.linear import linear
@@ -31,6 +32,7 @@ from circuits.gadgets.values import (
 )
 from mamba_int.errors import MambaintError
 from mamba_int.graph import Graph, Node, TensorType
+from mamba_int.operations.choice import Table
 
 MARGIN_ROWS = 12
 """Rows EZKL needs beyond those of the circuit."""
@@ -99,29 +101,13 @@ def _given(get: Any) -> Values:
 
 
 def _embedding(low: _Lowering, node: Node, tensor: TensorType) -> Value:
-    """A one-hot row per token, by relu and sum = 1, whose index is the token; then dots with the table."""
-    b, table = low.cells, np.asarray(node.constants["table"])
+    """A one-hot row that points at the token; then dots with the table."""
+    b, rows = low.cells, np.asarray(node.constants["table"])
     (source,) = low.operands(node)
 
     def emit() -> Ids:
-        ids = source.cells()
-        vocabulary = len(table)
-        hot = b.relu(
-            b.private(
-                f"{node.name}.one_hot",
-                (len(ids), vocabulary),
-                0,
-                1,
-                lambda get: (get(ids)[:, None] == np.arange(vocabulary)).astype(np.int64),
-            )
-        )
-        window = 1 << b.logrows
-        ones = np.broadcast_to(b.constant([1]), (len(ids), 1))
-        once = b.constant(np.array([window] * vocabulary + [-window], dtype=object))
-        b.check(b.dot("tv,v->t", np.concatenate([hot, ones], 1), once, (0, 0)))
-        index = b.constant(np.array([window * v for v in range(vocabulary)] + [-window], dtype=object))
-        b.check(b.dot("tv,v->t", np.concatenate([hot, ids[:, None]], 1), index, (0, 0)))
-        return b.dot("tv,vd->td", hot, b.constant(table), (tensor.low, tensor.high))
+        hot = pointer(b, node.name, source.cells(), 0, len(rows))
+        return b.dot("tv,vd->td", hot, b.constant(rows), (tensor.low, tensor.high))
 
     return Computed(b, node.name, tensor, emit)
 
@@ -172,6 +158,23 @@ def _mul(low: _Lowering, node: Node, tensor: TensorType) -> Value:
             return b.mul(operands[0].cells(), operands[1].cells(), (tensor.low, tensor.high))
 
     return Product(b, node.name, tensor, accumulate)
+
+
+def _compare(low: _Lowering, node: Node, tensor: TensorType) -> Value:
+    x, *rest = low.operands(node)
+    y = rest[0] if rest else np.atleast_1d(node.constants["value"])
+    return Computed(low.cells, node.name, tensor, lambda: compare(x, y, node.name))
+
+
+def _select(low: _Lowering, node: Node, tensor: TensorType) -> Value:
+    condition, first, second = low.operands(node)
+    return Computed(low.cells, node.name, tensor, lambda: select(condition, first, second, tensor))
+
+
+def _table(low: _Lowering, node: Node, tensor: TensorType) -> Value:
+    (source,) = low.operands(node)
+    values = Table.within(node, source.type)
+    return Computed(low.cells, node.name, tensor, lambda: table(source, node.name, tensor, values))
 
 
 def _shift(low: _Lowering, node: Node, tensor: TensorType) -> Value:
@@ -242,6 +245,9 @@ GADGETS: dict[str, Gadget] = {
     "add": partial(_sum, sign=1),
     "sub": partial(_sum, sign=-1),
     "mul": _mul,
+    "compare": _compare,
+    "select": _select,
+    "table": _table,
     "shift": _shift,
     "clamp": _clamp,
     "relu": _relu,

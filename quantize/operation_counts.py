@@ -20,7 +20,7 @@ class Counts:
 
     Attributes:
         shifts, adds, multiplies: as named.
-        comparisons: of clamps, relu and norms.
+        comparisons: of clamps, relu, norms and compare; a select tests its condition.
         divisions: divisions and square roots.
     """
 
@@ -94,7 +94,7 @@ def _clamp(node: Node, inputs: Sequence[TensorType], result: TensorType) -> Coun
     return Counts(comparisons=2 * prod(result.shape))
 
 
-def _relu(node: Node, inputs: Sequence[TensorType], result: TensorType) -> Counts:
+def _test(node: Node, inputs: Sequence[TensorType], result: TensorType) -> Counts:
     return Counts(comparisons=prod(result.shape))
 
 
@@ -184,9 +184,12 @@ COUNTERS: dict[str, Callable[[Node, Sequence[TensorType], TensorType], Counts]] 
     "add": _add,
     "sub": _add,
     "mul": _mul,
+    "compare": _test,
+    "select": _test,
+    "table": _nothing,
     "shift": _shift,
     "clamp": _clamp,
-    "relu": _relu,
+    "relu": _test,
     "norm": _norm,
     "rotate": _rotate,
     "ssd": _ssd,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from circuits.cells import Get, Ids, Values
+from circuits.gadgets.choice import one_hot
 from circuits.gadgets.values import Accumulation, Computed, Shifted, Summed, Value, nonnegative
 from mamba_int.graph import Node, TensorType
 from mamba_int.operations.base import shifted
@@ -25,7 +26,7 @@ def squared_copy(source: Value, node: Node) -> Value:
 
 
 def norm(source: Value, node: Node, tensor: TensorType) -> Value:
-    """Per step: S = sum xs^2; a one-hot e over the levels j that S can reach, by relu and sum e = 1;
+    """Per step: S = sum xs^2; a one-hot e over the levels j that S can reach, see ``one_hot``;
     S - (lower bound of j) >= 0 and (upper bound of j) - S >= 0. The bounds of neighbouring j do not overlap,
     so e is unique. Then x * multipliers[j], selected by e, is shifted as any sum of products.
     """
@@ -37,22 +38,14 @@ def norm(source: Value, node: Node, tensor: TensorType) -> Value:
     thresholds = [t for t in Norm.thresholds(node, d) if t < most]
     choices = len(thresholds) + 1
     lows, highs = [0, *(t + 1 for t in thresholds)], [*thresholds, most]
-    steps = len(xs)
 
     with b.part(name):
         S = b.dot("td,td->t", xs, xs, (0, most))
 
-        def one_hot(get: Get) -> Values:
-            level = sum(((get(S) > t).astype(np.int64) for t in thresholds), np.zeros(steps, np.int64))
-            hot: Values = (level[:, None] == np.arange(choices)).astype(np.int64)
-            return hot
+        def level(get: Get) -> Values:
+            return sum(((get(S) > t).astype(np.int64) for t in thresholds), np.zeros(len(xs), np.int64))
 
-        e = b.relu(b.private(f"{name}.one_hot", (steps, choices), 0, 1, one_hot))
-        window = 1 << b.logrows
-        ones = np.broadcast_to(b.constant([1]), (steps, 1))
-        excess = b.constant(np.array([window] * choices + [-window], dtype=object))
-        b.check(b.dot("tk,k->t", np.concatenate([e, ones], 1), excess, (0, 0)))
-
+        e = one_hot(b, name, len(xs), choices, level)
         columns = [e[:, j] for j in range(choices)]
         nonnegative(b, f"{name}.above", [(S, 1), *zip(columns, (-v for v in lows), strict=True)], 0, most)
         nonnegative(b, f"{name}.below", [(S, -1), *zip(columns, highs, strict=True)], 0, most)

@@ -10,6 +10,7 @@ from onnx import TensorProto
 from circuits.runtime.builder import Builder
 from circuits.runtime.ssd import ssd
 from mamba_int.graph import IntArray, Node
+from mamba_int.operations.choice import Table
 from mamba_int.operations.norm import Norm
 
 INT8_WEIGHT_LIMIT = 64
@@ -57,6 +58,22 @@ def _binary(kind: str) -> Lowering:
         return b.op(kind, inputs[0], other)
 
     return lower
+
+
+def _compare(b: Builder, node: Node, inputs: Sequence[str]) -> str:
+    return b.truth(_binary("GreaterOrEqual")(b, node, inputs))
+
+
+def _select(b: Builder, node: Node, inputs: Sequence[str]) -> str:
+    condition, first, second = inputs
+    return b.op("Where", b.op("Cast", condition, to=TensorProto.BOOL), first, second)
+
+
+def _table(b: Builder, node: Node, inputs: Sequence[str]) -> str:
+    # Entries out of reach may exceed the dtype.
+    x = b.graph.types[node.inputs[0]]
+    index = b.sub(inputs[0], b.constant(x.low)) if x.low else inputs[0]
+    return b.op("Gather", b.constant(Table.within(node, x)), index, axis=0)
 
 
 def _shift(b: Builder, node: Node, inputs: Sequence[str]) -> str:
@@ -137,6 +154,9 @@ LOWERINGS: dict[str, Lowering] = {
     "add": _binary("Add"),
     "sub": _binary("Sub"),
     "mul": _binary("Mul"),
+    "compare": _compare,
+    "select": _select,
+    "table": _table,
     "shift": _shift,
     "clamp": _clamp,
     "relu": _relu,

@@ -1,8 +1,9 @@
 """The closed set of operations, by the name they bear in every layer."""
 
 from mamba_int.operations.base import Operation
+from mamba_int.operations.choice import Select, Table
 from mamba_int.operations.division import Div, Isqrt
-from mamba_int.operations.elementwise import Add, Mul, Sub
+from mamba_int.operations.elementwise import Add, Compare, Mul, Sub
 from mamba_int.operations.input import Embedding, Input
 from mamba_int.operations.linear import Conv, Linear
 from mamba_int.operations.norm import Norm
@@ -21,6 +22,9 @@ OPERATIONS: dict[str, Operation] = {
         Add(),
         Sub(),
         Mul(),
+        Compare(),
+        Select(),
+        Table(),
         Shift(),
         Clamp(),
         Relu(),

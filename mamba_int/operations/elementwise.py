@@ -1,4 +1,4 @@
-"""``add``, ``sub``, ``mul``: elementwise, of two tensors or of one and the constant ``value``."""
+"""``add``, ``sub``, ``mul``, ``compare``: elementwise, of two tensors or one and the constant ``value``."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class _Binary(Operation):
             other = inputs[1]
         x = inputs[0]
         corners = [int(self.combine(a, b)) for a in (x.low, x.high) for b in (other.low, other.high)]
-        return self.bounded(node, x, min(corners), max(corners))
+        return self.bounded(node, x, other, min(corners), max(corners))
 
-    def bounded(self, node: Node, x: TensorType, low: int, high: int) -> TensorType:
+    def bounded(self, node: Node, x: TensorType, other: TensorType, low: int, high: int) -> TensorType:
         """The result's type, from the interval that independent operands would give."""
         return TensorType(x.shape, low, high)
 
@@ -71,7 +71,7 @@ class Mul(_Binary):
 
     name = "mul"
 
-    def bounded(self, node: Node, x: TensorType, low: int, high: int) -> TensorType:
+    def bounded(self, node: Node, x: TensorType, other: TensorType, low: int, high: int) -> TensorType:
         if len(node.inputs) == 2 and node.inputs[0] == node.inputs[1]:
             # A square is never negative, and at least the square of the end nearest to zero.
             nearest = 0 if x.low <= 0 <= x.high else min(abs(x.low), abs(x.high))
@@ -80,3 +80,25 @@ class Mul(_Binary):
 
     def combine(self, a: Any, b: Any) -> Any:
         return a * b
+
+
+class Compare(_Binary):
+    """1 where x >= y, else 0; always the same where the intervals of x and y do not overlap.
+
+    It passes no gradient: the slope of a step is 0 wherever it has one.
+    """
+
+    name = "compare"
+
+    def bounded(self, node: Node, x: TensorType, other: TensorType, low: int, high: int) -> TensorType:
+        # A float must hold both sides: a constant rounded to its neighbour would turn the answer.
+        return TensorType(x.shape, low, high, max(x.magnitude, other.magnitude))
+
+    def combine(self, a: Any, b: Any) -> Any:
+        return a >= b
+
+    def evaluate(self, node: Node, inputs: Sequence[IntArray], record: Record) -> IntArray:
+        return super().evaluate(node, inputs, record).astype(np.int64)
+
+    def execute(self, node: Node, inputs: Sequence[Tensor], record: Record, rounding: bool) -> Tensor:
+        return super().execute(node, inputs, record, rounding).to(inputs[0].dtype)

@@ -204,6 +204,18 @@ def _constant(op: str, value: Any) -> Graph:
     return chain(node("out", op, "input", constants={"value": value}))
 
 
+def _branches(T: int, condition: str, *before: Node) -> Graph:
+    """condition ? input[..., 0:3] : input[..., 2:5]."""
+    left, right = node("l", "slice", "input", start=0, stop=3), node("r", "slice", "input", start=2, stop=5)
+    return chain(left, right, *before, node("out", "select", condition, "l", "r"), T=T, C=5)
+
+
+def _table(entries: int, low: int, reach: int, T: int = 3, C: int = 2) -> Graph:
+    """A table of which an input in -reach..reach reads the middle."""
+    held = {"values": _weights(-90, 90, entries)}
+    return chain(node("out", "table", "input", constants=held, low=low), T=T, C=C, low=-reach, high=reach)
+
+
 CUBE = (node("square", "mul", "input", "input"), node("cube", "mul", "square", "input"))
 
 GRAPHS: dict[str, Callable[[], Graph]] = {
@@ -248,6 +260,31 @@ GRAPHS: dict[str, Callable[[], Graph]] = {
     "add_constant": lambda: _constant("add", [1, -2, 3, 1000]),
     "sub_constant": lambda: _constant("sub", 7),
     "mul_constant": lambda: _constant("mul", -3),
+    "compare": lambda: _two("compare"),
+    "compare_constant": lambda: _constant("compare", [0, 1, -40, 17]),
+    "compare_odd": lambda: chain(node("out", "compare", "input", constants={"value": -3}), T=3, C=3),
+    "compare_decided": lambda: _constant("compare", [-41, -40, -50, -41]),
+    "compare_to_the_table_edge": lambda: chain(
+        node("out", "compare", "input", constants={"value": -79}), T=2, low=-80, high=39
+    ),
+    "compare_beyond_the_table": lambda: chain(
+        node("out", "compare", "input", constants={"value": -79}), T=2, low=-80, high=40
+    ),
+    "compare_wide": lambda: chain(
+        node("square", "mul", "input", "input"),
+        node("twice", "mul", "input", constants={"value": 30}),
+        node("out", "compare", "square", "twice"),
+        T=3,
+        C=3,
+    ),
+    "compare_wide_constant": lambda: chain(
+        *CUBE, node("out", "compare", "cube", constants={"value": [0, 8, -27, 8000]}), T=2
+    ),
+    "select": lambda: _branches(4, "g", node("g", "compare", "r", "l")),
+    "select_by_a_clamp": lambda: _branches(3, "g", node("g", "clamp", "l", low=0, high=1, saturation=False)),
+    "table": lambda: _table(14, -6, 5),
+    "table_odd": lambda: _table(5, -2, 2, C=1),
+    "table_of_one_entry": lambda: _table(3, -1, 0),
     **{f"shift_{s}": lambda s=s: _shift(s) for s in (-3, 9, 10, 11, 12)},  # type: ignore[misc]
     "shift_of_sum": lambda: chain(
         node("s", "reduce", "input", kind="sum"),

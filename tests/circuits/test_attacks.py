@@ -8,7 +8,7 @@ import pytest
 from circuits.cells import FIELD
 from circuits.circuit import Witness
 from circuits.lowering import LoweredCircuit, build_circuit
-from tests.circuits.conftest import Array, chain, node, random_input
+from tests.circuits.conftest import Array, chain, interpret, node, random_input
 from tests.circuits.lying import add_at, forge, override, privates, reject_all
 from tests.circuits.test_equality import built
 
@@ -122,7 +122,7 @@ def test_packed_split_remainder_traded_between_quotient_limb_remainder_and_next_
     reject_all(lowered, x, lies)
 
 
-@pytest.mark.parametrize("name", ["embedding", "norm", "norm_clamped"])
+@pytest.mark.parametrize("name", ["embedding", "norm", "norm_clamped", "table"])
 def test_one_hot_shifted_doubled_negative_empty_or_with_two_ones(name: str) -> None:
     lowered, x, honest = setup(name)
     tensor = next(tensor for tensor in privates(lowered) if tensor.endswith(".one_hot"))
@@ -147,6 +147,78 @@ def test_one_hot_shifted_doubled_negative_empty_or_with_two_ones(name: str) -> N
         ],
     }
     reject_all(lowered, x, {what: change(honest, {tensor: deltas}) for what, deltas in lies.items()})
+
+
+def test_one_hot_pointing_beside_the_entry_with_everything_after_it_recomputed() -> None:
+    lowered, x, honest = setup("table")
+    width, lies = privates(lowered)["out.one_hot"] // x.size, {}
+    for row in range(x.size):
+        hot = honest.private["out.one_hot"].index(1, row * width)
+        for other in {hot - 1, hot + 1} & set(range(row * width, (row + 1) * width)):
+            moved = {"out.one_hot": add_at((hot, -1), (other, 1))}
+            lies[f"element {row}: {other - hot:+}"] = forge(lowered, x, moved)
+            # Two columns whose mean is the right one: the index may hold, but not the sum, or by no integers.
+            across = 2 * hot - other
+            if row * width <= across < (row + 1) * width:
+                pair = [(other, 1), (across, 1)]
+                lies[f"element {row}: both sides of it"] = change(honest, {"out.one_hot": [(hot, -1), *pair]})
+                half = pow(2, -1, FIELD)
+                halves = [(hot, -1), (other, half), (across, half)]
+                lies[f"element {row}: half of both"] = change(honest, {"out.one_hot": halves})
+                less = [(hot, 2), (other, -1), (across, -1)]
+                lies[f"element {row}: three and two minus ones"] = change(honest, {"out.one_hot": less})
+    assert {what[-2:] for what in lies} >= {"+1", "-1"}
+    reject_all(lowered, x, lies)
+
+
+@pytest.mark.parametrize("name", ["compare_wide", "compare_wide_constant", "compare_beyond_the_table"])
+def test_comparison_turned_at_equality_and_one_below_with_slacks_recomputed(name: str) -> None:
+    graph, lowered = built(name)
+    x = {
+        "compare_wide": np.array([[0, 1, 29], [30, 31, 40], [-1, -40, 2]]),  # x^2 against 30 x
+        "compare_wide_constant": np.array([[0, 2, -3, 20], [-1, 1, -4, 19]]),  # x^3 against a cube
+        "compare_beyond_the_table": np.array([[-79, -80, -78, 40], [0, -79, -80, -1]]),
+    }[name]
+    honest, lies = lowered.witness(x), {}
+    truth = interpret(graph, x)["out"].ravel()
+    assert honest.private["out.bit"][: x.size] == truth.tolist() and {0, 1} == set(truth.tolist())
+    half = pow(2, -1, FIELD)
+    for i in range(x.size):
+        turned = 1 - 2 * int(truth[i])
+        lies[f"turned [{i}]"] = forge(lowered, x, {"out.bit": add_at((i, turned))})
+        lies[f"turned alone [{i}]"] = override(honest, "out.bit", [(i, turned)])
+        # For D >= 0 any bit above 1 keeps the inequality, for D < 0 any below 0: only the range stops it.
+        for beyond in (2 * turned, -turned, 5 * turned, -5 * turned):
+            lies[f"by {beyond:+} [{i}]"] = forge(lowered, x, {"out.bit": add_at((i, beyond))})
+        lies[f"one half [{i}]"] = override(honest, "out.bit", [(i, half - int(truth[i]))])
+        for sign in (1, -1):
+            both = {"out.bit": [(i, turned)], "out.side.limb0": [(i, sign)]}
+            lies[f"turned, with a limb of {sign:+} [{i}]"] = change(honest, both)
+    reject_all(lowered, x, lies)
+
+
+@pytest.mark.parametrize("name", ["compare", "compare_odd", "select", "select_by_a_clamp"])
+def test_comparison_within_the_table_and_choice_leave_a_prover_nothing_to_choose(name: str) -> None:
+    graph, lowered = built(name)
+    assert not privates(lowered)
+    x = random_input(graph)
+    honest, lies = lowered.witness(x), {}
+    for i in range(x.size):
+        for what, delta in (("+1", 1), ("-1", -1), ("1/2", pow(2, -1, FIELD))):
+            # The claimed outputs stay those of the true input.
+            lie = override(honest, "model_input", [(i, delta)])
+            other = x.copy()
+            other.ravel()[i] += delta if abs(delta) == 1 else 0
+            if what == "1/2" or (interpret(graph, other)["out"] != interpret(graph, x)["out"]).any():
+                lies[f"input {what} [{i}]"] = Witness(lie.private, honest.public)
+    logits = honest.public["logits"]
+    for i, value in enumerate(logits):
+        for wrong in {1 - value, value + 1, value - 1, -value} - {value}:
+            claim = [*logits[:i], wrong, *logits[i + 1 :]]
+            lies[f"output {wrong} for {value} [{i}]"] = Witness(
+                honest.private, {**honest.public, "logits": claim}
+            )
+    reject_all(lowered, x, lies)
 
 
 @pytest.mark.parametrize("name", ["norm", "norm_coarse", "norm_clamped", "norm_odd_and_shallow"])

@@ -31,6 +31,7 @@ LIED_TO = [name for name in GRAPHS if name not in WITHIN_OTHERS and privates(bui
 MODELS_LIED_TO = ["algebraic", "carried_state", "int8_weights", "language_model"]
 INPUTS_LIED_TO = ["input", "embedding", "linear_ternary", "norm", "rotate_shear", "ssd_carried"]
 OUTPUTS_LIED_TO = ["input", "linear_ternary", "conv_shifted", "reduce_sum"]
+OUTPUTS_LIED_TO += ["compare", "compare_constant", "compare_wide", "select", "table"]
 
 Lies = dict[str, Witness]
 

@@ -76,6 +76,23 @@ SIBLINGS = {
         GRAPHS["embedding"](),
         reversed_constant(GRAPHS["embedding"](), "e", "table", 0),
     ),
+    "one entry of a table moved": (GRAPHS["table"](), reversed_constant(GRAPHS["table"](), "out", "values")),
+    "one constant of a comparison": (
+        GRAPHS["compare_constant"](),
+        other_value(GRAPHS["compare_constant"](), "out", "value", (3,), -17),
+    ),
+    "one constant of a wide comparison": (
+        GRAPHS["compare_wide_constant"](),
+        other_value(GRAPHS["compare_wide_constant"](), "out", "value", (3,), -8000),
+    ),
+    "sides of a comparison exchanged": (
+        GRAPHS["compare"](),
+        replaced(GRAPHS["compare"](), "out", inputs=("r", "l")),
+    ),
+    "branches of a choice exchanged": (
+        GRAPHS["select"](),
+        replaced(GRAPHS["select"](), "out", inputs=("g", "r", "l")),
+    ),
     "one skip connection": (
         GRAPHS["ssd_carried"](),
         other_value(GRAPHS["ssd_carried"](), "y_acc", "D", (1,), -1),

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from circuits.cells import FIELD, Cells, CircuitTooNarrow
 from circuits.circuit import Witness
+from circuits.gadgets.choice import bit, pointer
 from circuits.gadgets.values import check_range, nonnegative
 from circuits.lowering import MODEL_INPUT, build_circuit
 from tests.circuits.conftest import GRAPHS, MODELS, chain, extreme_inputs, node, random_input
@@ -57,6 +58,39 @@ def test_a_range_wider_than_half_the_table_takes_two_lookups(width: int) -> None
 
 def test_a_range_wider_than_the_table_asks_for_more_rows() -> None:
     assert build_circuit(chain(low=-120, high=128)).circuit.logrows == 9
+
+
+@pytest.mark.parametrize("k", range(5, 15))
+def test_a_bit_is_zero_or_one_at_every_width(k: int) -> None:
+    cells = Cells(k)
+    bit(cells, "g", (2,), lambda get: np.zeros(2, np.int64))
+    cells.close()
+    others = {-1, 2, 3, cells.low, cells.high, cells.low - 1, cells.high + 1}
+    # Fractions whose multiple lies in the table are no integers themselves.
+    others |= {pow(n, -1, FIELD) for n in (2, 3, 1 << (k - 1), 1 << k)}
+    others |= {-value for value in others - {-1}}
+    assert accepts(cells, {"g": [0, 1]}) and accepts(cells, {"g": [1, 0]})
+    for value in others:
+        for honest in (0, 1):
+            assert not accepts(cells, {"g": [value, honest]}), value
+            assert not accepts(cells, {"g": [honest, value]}), value
+
+
+@pytest.mark.parametrize("low", [-3, 0, 1000])
+def test_a_pointer_reaches_nothing_outside_its_range_and_only_one_column_inside(low: int) -> None:
+    choices, zeros = 4, np.zeros(2, np.int64)
+    cells = Cells(8)
+    x = cells.private("x", (2,), low, low + choices - 1, lambda get: zeros)
+    pointer(cells, "p", x, low, choices)
+    cells.close()
+    rows = [tuple(row) for row in np.ndindex(3, 3, 3, 3)]
+    for value in range(low - 1, low + choices + 1):
+        fitting = [r for r in rows if accepts(cells, {"x": [value, low], "p.one_hot": [*r, 1, 0, 0, 0]})]
+        unit = np.eye(choices, dtype=int)
+        inside = low <= value < low + choices
+        assert fitting == ([tuple(unit[value - low])] if inside else []), value
+    half = pow(2, -1, FIELD)
+    assert not accepts(cells, {"x": [low + half, low], "p.one_hot": [half, half, 0, 0, 1, 0, 0, 0]})
 
 
 @settings(max_examples=60, deadline=None)

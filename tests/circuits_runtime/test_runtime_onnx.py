@@ -108,6 +108,26 @@ def test_div_floors_negative_quotients() -> None:
     assert OnnxRunner(graph)(np.array([[[-1, 0]]])).item() == -1
 
 
+@pytest.mark.parametrize(("factor", "kind"), [(1, TensorProto.INT32), (1 << 40, TensorProto.INT64)])
+def test_compare_select_and_table_are_equal_in_either_dtype(factor: int, kind: int) -> None:
+    # Entries out of reach are too wide for int32, in which the rest of the small graph runs.
+    entries = np.array([1 << 50, *range(-81, 81, 2), -(1 << 50)]) * np.array([1, *[factor] * 81, 1])
+    graph = graph_of(
+        features(-40, 40, 2),
+        Node("l", "slice", ("input",), {"start": 0, "stop": 1}),
+        Node("r", "slice", ("input",), {"start": 1, "stop": 2}),
+        Node("g", "compare", ("l", "r")),
+        Node("h", "compare", ("l",), constants={"value": np.array([7])}),
+        Node("inner", "select", ("h", "l", "g")),
+        Node("y", "select", ("g", "inner", "r")),
+        Node("t", "table", ("y",), {"low": -41}, {"values": entries}),
+    )
+    inputs = np.stack(np.meshgrid(np.arange(-40, 41), np.arange(-40, 41)), -1).reshape(-1, 1, 2)
+    assert compare_all(graph, inputs).first is None
+    model = onnx.load_from_string(runtime_onnx(graph))
+    assert model.graph.output[0].type.tensor_type.elem_type == kind
+
+
 @pytest.mark.parametrize("offset", [-1, 0, 1])
 @pytest.mark.parametrize("factor", [1, 12345])
 def test_isqrt_is_exact_beside_perfect_squares(offset: int, factor: int) -> None:

@@ -16,12 +16,14 @@ from mamba_int.config import MambaIntConfig
 from mamba_int.executor import execute_nodes
 from mamba_int.graph import Node
 from mamba_int.model import MambaInt, quantize_parameter, ternarize
+from mamba_int.operations import OPERATIONS
 from tests.circuits_runtime.models import SMALL, random_inputs
 from triton_kernels.bit_shift_norm import bit_shift_norm
 from triton_kernels.clamp import saturate
 from triton_kernels.shift import shift
 from triton_kernels.ssd import SsdScales, decay_products, ssd
 from triton_kernels.straight_through import straight_through
+from triton_kernels.table import look_up
 
 DOUBLE = torch.float64
 
@@ -146,6 +148,61 @@ def test_saturation_blocks_only_what_would_go_further_out() -> None:
     saturate(x, -5, 5).backward(g)
     passed = [0, -1, 1, -1, 1, -1, 1, -1, 1, 0]
     assert x.grad.tolist() == passed
+
+
+TABLE = [10.0, 16.0, 14.0, 14.0, -6.0]
+
+
+def test_table_passes_the_difference_of_the_neighbouring_entries() -> None:
+    x = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0, -1.0]).requires_grad_()
+    values = torch.tensor(TABLE).requires_grad_()
+    y = look_up(x, values, -2)
+    assert y.tolist() == [*TABLE, 16.0]
+    y.backward(torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, 10.0]))
+    assert x.grad.tolist() == [6.0, 2.0, -1.0, -10.0, -20.0, 20.0]
+    assert values.grad.tolist() == [1.0, 11.0, 1.0, 1.0, 1.0]
+
+
+def test_table_of_one_entry_has_no_slope() -> None:
+    for rounding in (True, False):
+        x = torch.tensor([3.0, 3.0]).requires_grad_()
+        y = look_up(x, torch.tensor([7.0]), 3, rounding)
+        y.sum().backward()
+        assert (y.tolist(), x.grad.tolist()) == ([7.0, 7.0], [0.0, 0.0])
+
+
+def test_table_of_the_twin_is_the_line_through_its_entries_with_its_true_gradient() -> None:
+    values = torch.tensor(TABLE, dtype=DOUBLE).requires_grad_()
+    x = torch.tensor([-2.5, -1.75, -0.5, 0.25, 1.5, 2.5], dtype=DOUBLE).requires_grad_()
+    assert look_up(x, values, -2, rounding=False).tolist() == [7.0, 11.5, 15.0, 14.0, 4.0, -16.0]
+    whole = torch.arange(-2.0, 3.0, dtype=DOUBLE)
+    assert look_up(whole, values, -2, rounding=False).tolist() == TABLE
+    assert torch.autograd.gradcheck(lambda x, values: look_up(x, values, -2, rounding=False), (x, values))
+
+
+def test_choice_passes_its_gradient_to_what_is_chosen_and_comparison_none() -> None:
+    x = torch.tensor([[[-1.0, 0.0, 1.0]]]).requires_grad_()
+    nodes = [
+        Node("input", "input"),
+        Node("double", "mul", ("input",), constants={"value": torch.tensor(2.0)}),
+        Node("g", "compare", ("input",), constants={"value": torch.tensor(0.0)}),
+        Node("y", "select", ("g", "double", "input")),
+    ]
+    values = execute_nodes(nodes, x)
+    assert not values["g"].requires_grad and values["g"].dtype == torch.float32
+    assert values["y"].tolist() == [[[-1.0, 0.0, 2.0]]]
+    values["y"].backward(torch.tensor([[[1.0, 10.0, 100.0]]]))
+    assert x.grad.tolist() == [[[1.0, 20.0, 200.0]]]
+
+
+def test_condition_that_learns_gets_the_difference_of_the_branches() -> None:
+    condition = torch.tensor([0.0, 1.0]).requires_grad_()
+    node = Node("y", "select", ("c", "a", "b"))
+    operands = [condition, torch.tensor([7.0, 7.0]), torch.tensor([2.0, -2.0])]
+    y = OPERATIONS["select"].execute(node, operands, lambda name, value: None, True)
+    assert y.tolist() == [2.0, 7.0]
+    y.backward(torch.ones(2))
+    assert condition.grad.tolist() == [5.0, 9.0]
 
 
 def test_straight_through_is_exact_forward_and_smooth_backward() -> None:

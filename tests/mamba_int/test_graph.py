@@ -332,6 +332,17 @@ def test_missing_constant_is_refused(content: bytes, tmp_path: Path) -> None:
         node("y", "norm", "input", input_shift=0, input_limit=9, octaves=4, per_octave=1, frac=4),
         node("y", "isqrt", "input"),
         node("y", "div", "input", "input"),
+        node("y", "compare", "input", constants={"value": np.ones(2)}),
+        node("y", "compare", "input", "input", "input"),
+        node("y", "select", "input", "input", "input"),
+        node("y", "select", "input", "input"),
+        node("y", "table", "input", constants={"values": np.ones(9)}, low=0),
+        node("y", "table", "input", constants={"values": np.ones(8)}, low=-1),
+        node("y", "table", "input", constants={"values": np.ones(99)}, low=-(10**30)),
+        node("y", "table", "input", constants={"values": np.ones(1025)}, low=-1),
+        node("y", "table", "input", constants={"values": np.ones((9, 1))}, low=-1),
+        node("y", "table", "input", constants={"values": np.ones(0)}, low=-1),
+        node("y", "table", "input", low=-1),
         node("y", "slice", "input", start=0, stop=4),
         node("y", "slice", "input", start=-1, stop=2),
         node("y", "slice", "input", start=2, stop=2),
@@ -346,6 +357,29 @@ def test_operation_that_does_not_fit_is_refused_by_name(entry: Node) -> None:
     with pytest.raises(MambaintError, match=r"node 'y' .*is malformed") as caught:
         Graph((source, entry), "y", 5).verify()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 2), (-1, 1), (-1, 0), (2, 2)])
+def test_choice_by_what_can_be_other_than_zero_and_one_is_refused(low: int, high: int) -> None:
+    condition = node("c", "clamp", "input", low=low, high=high, saturation=False)
+    with pytest.raises(MambaintError, match=r"'y' .*the condition can be other than 0 and 1"):
+        chain(condition, node("y", "select", "c", "input", "input"), width=2, low=-5, high=5)
+
+
+def test_choice_between_tensors_of_other_shapes_is_refused() -> None:
+    nodes = [node("c", "compare", "input", "input"), node("n", "slice", "input", start=0, stop=1)]
+    for operands in (("n", "input", "input"), ("c", "n", "input"), ("c", "input", "n"), ("c", "n", "n")):
+        with pytest.raises(MambaintError, match=r"'y' .*operands differ in shape"):
+            chain(*nodes, node("y", "select", *operands), width=2, low=0, high=1)
+
+
+def test_table_of_the_most_entries_covers_just_its_interval() -> None:
+    held = {"values": np.arange(1024)}
+    entry = node("y", "table", "input", constants=held, low=-500)
+    assert chain(entry, width=1, low=-500, high=523).types["y"].high == 1023
+    for low, high in ((-501, 523), (-500, 524)):
+        with pytest.raises(MambaintError, match=rf"'y' .*{low}\.\.{high} exceeds the table"):
+            chain(entry, width=1, low=low, high=high)
 
 
 @pytest.mark.parametrize("value", [-1, 10**9, 10**30])

@@ -138,7 +138,7 @@ def test_no_input_leaves_the_interval_of_an_operation(name: str) -> None:
     assert_within(graph, traced(graph, random_batch(graph, 1, count=40)))
 
 
-@pytest.mark.parametrize("op", ["add", "sub", "mul", "div"])
+@pytest.mark.parametrize("op", ["add", "sub", "mul", "div", "compare"])
 @pytest.mark.parametrize("a", [(-3, 5), (-7, -2), (2, 9), (0, 0)])
 @pytest.mark.parametrize("b", [(-4, 6), (-5, -1), (1, 3)])
 def test_interval_of_a_binary_operation_is_reached_at_both_ends(
@@ -160,6 +160,36 @@ def test_interval_of_a_binary_operation_is_reached_at_both_ends(
     inputs = np.array(list(product(range(-9, 10), repeat=2)))[:, None]
     y = traced(graph, inputs)["y"]
     assert (y.min(), y.max()) == (graph.types["y"].low, graph.types["y"].high)
+
+
+@pytest.mark.parametrize("a", [(-3, 5), (2, 9)])
+@pytest.mark.parametrize("b", [(-4, 6), (-5, -1)])
+def test_interval_of_a_choice_is_the_union_and_reached_at_both_ends(
+    a: tuple[int, int], b: tuple[int, int]
+) -> None:
+    sides = zip(("l", "r"), (a, b), strict=True)
+    graph = chain(
+        node("s", "slice", "input", start=0, stop=1),
+        node("c", "clamp", "s", low=0, high=1, saturation=False),
+        node("t", "slice", "input", start=1, stop=2),
+        *(node(name, "clamp", "t", low=low, high=high, saturation=True) for name, (low, high) in sides),
+        node("y", "select", "c", "l", "r"),
+        width=2,
+        low=-9,
+        high=9,
+    )
+    inputs = np.array(list(product(range(-9, 10), repeat=2)))[:, None]
+    y = traced(graph, inputs)["y"]
+    assert (y.min(), y.max()) == (graph.types["y"].low, graph.types["y"].high)
+    assert (y.min(), y.max()) == (min(a[0], b[0]), max(a[1], b[1]))
+
+
+def test_interval_of_a_table_is_that_of_the_entries_in_reach() -> None:
+    held = {"values": [1 << 50, 7, -3, 5, -(1 << 50)]}
+    graph = chain(node("y", "table", "input", constants=held, low=-2), width=3, low=-1, high=1)
+    kind = graph.types["y"]
+    assert (kind.low, kind.high, kind.peak) == (-3, 7, 7)
+    assert_within(graph, traced(graph, np.array([[[-1, 0, 1]]])))
 
 
 @pytest.mark.parametrize(("low", "high"), [(-5, 3), (-5, -2), (2, 6), (0, 4), (-3, 0), (0, 0)])

@@ -136,6 +136,64 @@ def test_div_floors_and_its_float_quotient_never_crosses_an_integer(pairs: list[
     assert_equal(graph, inputs)
 
 
+# -- compare, select, table ------------------------------------------------------------------------------
+
+
+def test_compare_is_one_at_equality_and_zero_just_below() -> None:
+    against = chain(node("y", "compare", "input", constants={"value": -3}), width=3, low=-9, high=9)
+    assert evaluate(against, np.array([[[-4, -3, -2]]])).tolist() == [[[0, 1, 1]]]
+    each = chain(node("y", "compare", "input", constants={"value": [0, 5, -9]}), width=3, low=-9, high=9)
+    assert evaluate(each, np.array([[[-1, 5, -9]], [[0, 4, 9]]])).tolist() == [[[0, 1, 1]], [[1, 0, 1]]]
+    assert evaluate(each, np.array([[[0, 0, 0]]])).dtype == np.int64
+
+
+@pytest.mark.parametrize("value", [(1 << 24) + 1, -(1 << 24) - 1])
+def test_compare_with_what_float32_would_round_to_its_neighbour(value: int) -> None:
+    graph = chain(
+        node("y", "compare", "input", constants={"value": value}), width=2, low=-(1 << 24), high=1 << 24
+    )
+    inputs = np.array([[[1 << 24, -(1 << 24)]]])
+    assert evaluate(graph, inputs).tolist() == [[[int(value < 0)] * 2]]
+    assert_equal(graph, inputs)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.tuples(*[st.integers(-(1 << 24), 1 << 24)] * 3), min_size=1, max_size=9))
+def test_choice_by_comparison_is_that_of_python_and_exact_to_the_last_of_24_bits(
+    triples: list[tuple[int, int, int]],
+) -> None:
+    # Equal ones, neighbours, and both ends: a - b takes 25 bits.
+    triples += [(a, a + e, c) for a, _, c in triples for e in (-1, 0, 1) if abs(a + e) <= 1 << 24]
+    triples += [(0, 1 << 24, -(1 << 24)), (0, -(1 << 24), (1 << 24) - 1), (1, 1 - (1 << 24), 1 << 24)]
+    cut = [node(name, "slice", "input", start=i, stop=i + 1) for i, name in enumerate("abc")]
+    graph = chain(
+        *cut,
+        node("g", "compare", "a", "b"),
+        node("y", "select", "g", "b", "c"),
+        width=3,
+        low=-(1 << 24),
+        high=1 << 24,
+    )
+    assert Executor(graph).dtype is torch.float32
+    inputs = np.array(triples)[:, None]
+    assert evaluate(graph, inputs).ravel().tolist() == [b if a >= b else c for a, b, c in triples]
+    assert_equal(graph, inputs)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(-40, 40), st.integers(0, 9), st.integers(0, 9), st.integers(0, 9), st.integers(0, 1 << 30))
+def test_table_gives_the_entry_of_every_integer_it_covers(
+    low: int, before: int, width: int, after: int, seed: int
+) -> None:
+    reach = 1 << 24
+    held = np.random.default_rng(seed).integers(-reach, reach + 1, before + width + 1 + after)
+    entry = node("y", "table", "input", constants={"values": held}, low=low - before)
+    graph = chain(entry, width=width + 1, low=low, high=low + width)
+    inputs = np.arange(low, low + width + 1)[None, None]
+    assert evaluate(graph, inputs).ravel().tolist() == held[before : before + width + 1].tolist()
+    assert_equal(graph, inputs)
+
+
 # -- norm -----------------------------------------------------------------------------------------------
 
 

@@ -102,6 +102,18 @@ def test_zero_weights_cost_nothing_and_powers_of_two_are_shifts() -> None:
     assert count_operations(graph_of(features(0, 3, 4), biased))["y"].adds == 4 + 3
 
 
+def test_comparisons_and_choices_are_counted_and_tables_are_not() -> None:
+    nodes = (
+        features(-3, 3, 4),
+        Node("g", "compare", ("input",), constants={"value": np.array(1)}),
+        Node("s", "select", ("g", "input", "g")),
+        Node("y", "table", ("s",), {"low": -3}, {"values": np.arange(7)}),
+    )
+    counts = count_operations(graph_of(*nodes, seq_len=5))
+    assert counts["g"] == counts["s"] == Counts(comparisons=20)
+    assert counts["y"] == Counts()
+
+
 def scan(length: int, chunk: int, heads: int, P: int, state: int) -> Graph:
     """A graph of nothing but a scan of an input."""
     x = features(0, 1, heads * P + 3 * state + heads)

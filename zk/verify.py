@@ -15,7 +15,7 @@ from mamba_int.errors import MambaintError
 from mamba_int.files import canonical_json
 from zk import ezkl_calls, field
 from zk.ezkl_calls import EzklError
-from zk.package import Package, read_package
+from zk.package import MAX_REASON, Package, read_package
 from zk.proof import MAX_FILE_BYTES, InvalidProof, Proof, decode_proof
 from zk.srs_format import SrsKind
 
@@ -84,12 +84,15 @@ def check(
     public: dict[str, list[int]] = {}
     reason = ""
     try:
+        # Parsing is linear, but megabytes of it are seconds and gigabytes for nothing.
+        if len(raw_proof) > package.proof_file_bytes:
+            raise InvalidProof(f"the file has more than {package.proof_file_bytes} bytes")
         proof = decode_proof(raw_proof)
         _check_identity(proof, package, package_sha256, expected_model_id)
         _check_segment(proof.segments[0], rebuild_instances(proof.public, package), package)
         public = proof.public
     except InvalidProof as error:
-        reason = str(error)
+        reason = str(error)[:MAX_REASON]
     return Verdict(
         valid=not reason,
         reason=reason,

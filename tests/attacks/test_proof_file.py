@@ -1,30 +1,34 @@
-"""Every way to alter a proof file, named after the attack; all must be called invalid (exit code 1)."""
+"""Attacks on the proof file. All go through ``mambaint verify``: exit code 1 and the reason on one line."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
 
-from cli.verify import command
 from mamba_int.errors import MambaintError
 from mamba_int.files import canonical_json
-from tests.zk.conftest import Honest, tiny_witness
+from tests.attacks.command import (
+    accepted,
+    assert_invalid,
+    assert_refused,
+    assert_unusable,
+    run_verify,
+    written,
+)
+from tests.zk.conftest import Honest, run_honestly, tiny_circuit, tiny_witness
 from zk.field import HALF, PRIME
 from zk.proof import MAX_FILE_BYTES
 from zk.prove import prove
-from zk.verify import Verdict, check, verify
 
-
-def judged(honest: Honest, raw: bytes, expected_model_id: str | None = None) -> Verdict:
-    digest = hashlib.sha256(honest.package_bytes).hexdigest()
-    return check(raw, honest.package, digest, expected_model_id)
+BASE_FIELD = 21888242871839275222246405745257275088696311157297823662689037894645226208583
+"""Order of the field of the curve's coordinates."""
 
 
 def altered(honest: Honest, **changes: Any) -> bytes:
@@ -32,17 +36,9 @@ def altered(honest: Honest, **changes: Any) -> bytes:
     return canonical_json({**json.loads(honest.result.file), **changes}) + b"\n"
 
 
-def refused(honest: Honest, raw: bytes, because: str) -> None:
-    verdict = judged(honest, raw)
-    assert not verdict.valid
-    assert because in verdict.reason
-    assert "\n" not in verdict.reason
-    assert verdict.public == {}
-
-
 def test_the_unaltered_file_is_accepted(honest: Honest) -> None:
     assert altered(honest) == honest.result.file
-    assert judged(honest, honest.result.file).valid
+    assert accepted(honest.result.file, honest.package_bytes)
 
 
 @pytest.mark.parametrize(
@@ -61,6 +57,7 @@ def test_the_unaltered_file_is_accepted(honest: Honest) -> None:
         ([2, -21, [20]], "not an integer"),
         ([2, -21, 20 + PRIME], "outside the field"),
         ([2, -21 + PRIME, 20], "outside the field"),
+        ([2 - PRIME, -21, 20], "outside the field"),
         ([2, -21, HALF + 1], "outside the field"),
         ([2, -21, 10**5000], "not valid JSON"),
         ("2,-21,20", "is not a list"),
@@ -73,13 +70,13 @@ def test_altered_public_values(honest: Honest, values: Any, because: str) -> Non
         raw = honest.result.file.replace(b"[2,-21,20]", b"[2,-21,1" + b"0" * 5000 + b"]")
     else:
         raw = altered(honest, public={"logits": values})
-    refused(honest, raw, because)
+    assert_refused(honest, raw, because)
 
 
 def test_true_in_place_of_one_is_not_the_same_statement(honest: Honest) -> None:
     result = prove(honest.circuit, tiny_witness((1, 0, 0)), honest.keys, honest.package_bytes)
     assert b'"logits":[2,0,0]' in result.file
-    refused(honest, result.file.replace(b"[2,0,0]", b"[2,0,false]"), "not an integer")
+    assert_refused(honest, result.file.replace(b"[2,0,0]", b"[2,0,false]"), "not an integer")
 
 
 @pytest.mark.parametrize(
@@ -93,7 +90,7 @@ def test_true_in_place_of_one_is_not_the_same_statement(honest: Honest) -> None:
     ],
 )
 def test_missing_and_extra_public_tensors(honest: Honest, public: Any, because: str) -> None:
-    refused(honest, altered(honest, public=public), because)
+    assert_refused(honest, altered(honest, public=public), because)
 
 
 @pytest.mark.parametrize(
@@ -101,6 +98,8 @@ def test_missing_and_extra_public_tensors(honest: Honest, public: Any, because: 
     [
         ("format", "mambaint-verifier", "not a proof file"),
         ("version", 0, "version 0"),
+        ("version", -1, "version -1"),
+        ("version", 0.5, "version 0.5"),
         ("version", 2, "version 2"),
         ("version", True, "version True"),
         ("version", 1.0, "version 1.0"),
@@ -125,7 +124,7 @@ def test_missing_and_extra_public_tensors(honest: Honest, public: Any, because: 
     ],
 )
 def test_altered_fields(honest: Honest, field: str, value: Any, because: str) -> None:
-    refused(honest, altered(honest, **{field: value}), because)
+    assert_refused(honest, altered(honest, **{field: value}), because)
 
 
 @pytest.mark.parametrize(
@@ -134,7 +133,9 @@ def test_altered_fields(honest: Honest, field: str, value: Any, because: str) ->
 def test_missing_fields(honest: Honest, field: str) -> None:
     content = json.loads(honest.result.file)
     del content[field]
-    assert not judged(honest, canonical_json(content) + b"\n").valid
+    assert_refused(
+        honest, canonical_json(content) + b"\n", "not a proof file" if field == "format" else field
+    )
 
 
 def proof_bytes(honest: Honest) -> bytes:
@@ -143,17 +144,22 @@ def proof_bytes(honest: Honest) -> bytes:
 
 def test_two_segments_where_one_belongs(honest: Honest) -> None:
     segment = {"proof": proof_bytes(honest).hex()}
-    refused(honest, altered(honest, segments=[segment, segment]), "exactly one segment")
+    assert_refused(honest, altered(honest, segments=[segment, segment]), "exactly one segment")
 
 
-def test_truncated_proof_bytes(honest: Honest) -> None:
-    raw = altered(honest, segments=[{"proof": proof_bytes(honest)[:-64].hex()}])
-    refused(honest, raw, "2496 bytes and must have 2560")
+@pytest.mark.parametrize("removed", [1, 32, 64])
+def test_truncated_proof_bytes(honest: Honest, removed: int) -> None:
+    proof = proof_bytes(honest)
+    expected = f"{len(proof) - removed} bytes and must have {len(proof)}"
+    for shorter in (proof[:-removed], proof[removed:]):
+        assert_refused(honest, altered(honest, segments=[{"proof": shorter.hex()}]), expected)
 
 
-def test_trailing_bytes_that_ezkl_would_ignore(honest: Honest) -> None:
-    raw = altered(honest, segments=[{"proof": proof_bytes(honest).hex() + "00" * 64}])
-    refused(honest, raw, "2624 bytes and must have 2560")
+@pytest.mark.parametrize("added", [1, 32, 64])
+def test_trailing_bytes_that_ezkl_would_ignore(honest: Honest, added: int) -> None:
+    proof = proof_bytes(honest)
+    raw = altered(honest, segments=[{"proof": proof.hex() + "00" * added}])
+    assert_refused(honest, raw, f"{len(proof) + added} bytes and must have {len(proof)}")
 
 
 def test_every_32_byte_word_of_the_proof_matters(honest: Honest) -> None:
@@ -161,24 +167,71 @@ def test_every_32_byte_word_of_the_proof_matters(honest: Honest) -> None:
     for position in range(5, len(proof), 32):
         flipped = bytearray(proof)
         flipped[position] ^= 1 << (position % 8)
-        refused(honest, altered(honest, segments=[{"proof": flipped.hex()}]), "does not verify")
+        assert not accepted(altered(honest, segments=[{"proof": flipped.hex()}]), honest.package_bytes)
+
+
+@pytest.mark.parametrize("order", [PRIME, BASE_FIELD], ids=["scalar", "coordinate"])
+def test_non_canonical_field_element_in_the_proof(honest: Honest, order: int) -> None:
+    # The same element once more, plus the order of its field: another spelling of the same proof.
+    proof = proof_bytes(honest)
+    respelled = 0
+    for start in range(0, len(proof), 32):
+        value = int.from_bytes(proof[start : start + 32], "little") + order
+        if value < 1 << 256:
+            words = proof[:start] + value.to_bytes(32, "little") + proof[start + 32 :]
+            assert not accepted(altered(honest, segments=[{"proof": words.hex()}]), honest.package_bytes)
+            respelled += 1
+    assert respelled > len(proof) // 64
+
+
+def test_words_of_the_proof_reordered(honest: Honest) -> None:
+    words = [proof_bytes(honest)[start : start + 64] for start in range(0, len(proof_bytes(honest)), 64)]
+    for reordered in (words[::-1], words[1:] + words[:1], [words[1], words[0], *words[2:]]):
+        raw = altered(honest, segments=[{"proof": b"".join(reordered).hex()}])
+        assert_refused(honest, raw, "does not verify")
 
 
 def test_constant_proof_bytes(honest: Honest) -> None:
     for filler in (b"\x00", b"\xff"):
-        raw = altered(honest, segments=[{"proof": (filler * 2560).hex()}])
-        refused(honest, raw, "does not verify")
+        raw = altered(honest, segments=[{"proof": (filler * len(proof_bytes(honest))).hex()}])
+        assert_refused(honest, raw, "does not verify")
 
 
 def test_proof_of_another_model(honest: Honest, other: Honest) -> None:
-    refused(honest, other.result.file, "about model")
+    assert_refused(honest, other.result.file, "about model")
 
 
 def test_proof_of_another_model_relabelled(honest: Honest, other: Honest) -> None:
     theirs = json.loads(other.result.file)
     raw = altered(honest, public=theirs["public"], segments=theirs["segments"])
     assert theirs["public"] != {"logits": [2, -21, 20]}
-    refused(honest, raw, "does not verify")
+    assert_refused(honest, raw, "does not verify")
+
+
+def test_halves_of_two_true_proofs_joined(honest: Honest, other: Honest) -> None:
+    mine, theirs = proof_bytes(honest), proof_bytes(other)
+    assert len(mine) == len(theirs)
+    for cut in (64, len(mine) // 2, len(mine) - 64):
+        raw = altered(honest, segments=[{"proof": (mine[:cut] + theirs[cut:]).hex()}])
+        assert_refused(honest, raw, "does not verify")
+
+
+def test_true_proof_of_another_input_claimed_for_this_answer(honest: Honest) -> None:
+    result = prove(honest.circuit, tiny_witness((5, 6, 7)), honest.keys, honest.package_bytes)
+    assert accepted(result.file, honest.package_bytes)
+    raw = altered(honest, segments=json.loads(result.file)["segments"])
+    assert_refused(honest, raw, "does not verify")
+
+
+def test_proof_made_with_another_srs(honest: Honest, tmp_path: Path) -> None:
+    foreign = run_honestly(tiny_circuit(), tiny_witness(), tmp_path / "cache", tmp_path / "run")
+    shutil.rmtree(foreign.keys.folder)
+    assert foreign.srs.sha256 != honest.srs.sha256
+    assert accepted(foreign.result.file, foreign.package_bytes)
+    assert_refused(honest, foreign.result.file, "another circuit")
+    theirs = json.loads(foreign.result.file)
+    raw = altered(honest, public=theirs["public"], segments=theirs["segments"])
+    assert_refused(honest, raw, "does not verify")
 
 
 def test_sibling_circuit_proved_under_the_honest_key(honest: Honest, other: Honest, tmp_path: Path) -> None:
@@ -194,9 +247,9 @@ def test_sibling_circuit_proved_under_the_honest_key(honest: Honest, other: Hone
 
 
 def test_proof_for_another_model_than_the_user_wants(honest: Honest) -> None:
-    verdict = judged(honest, honest.result.file, "1" * 64)
-    assert not verdict.valid
-    assert "not " + "1" * 64 in verdict.reason
+    raw, package = honest.result.file, honest.package_bytes
+    for wanted in ("1" * 64, honest.circuit.model_id[:63], ""):
+        assert_invalid(raw, package, f"not {wanted}", "--model-id", wanted)
 
 
 @pytest.mark.parametrize(
@@ -208,12 +261,24 @@ def test_proof_for_another_model_than_the_user_wants(honest: Honest) -> None:
         (b":[2,-21,20]", b": [2,-21,20]"),
         (b"[2,-21,20]", b"[2,-21,2e1]"),
         (b"[2,-21,20]", b"[2,-21,1e999]"),
+        (b"[2,-21,20]", b"[2,-21,20e0]"),
+        (b"[2,-21,20]", b"[2,-21,20E+0]"),
+        (b"[2,-21,20]", b"[2,-21,200e-1]"),
+        (b"[2,-21,20]", b"[2,-21,20.0]"),
+        (b"[2,-21,20]", b"[2,-21,+20]"),
+        (b"[2,-21,20]", b"[2,-21,0x14]"),
+        (b"[2,-21,20]", b"[2,-21,2_0]"),
+        (b"[2,-21,20]", "[2,-21,２０]".encode()),
         (b"[2,-21,20]", b"[2,-21,20,]"),
         (b"[2,-21,20]", b"[02,-21,20]"),
         (b'"logits"', b'"\\u006cogits"'),
         (b'"version":1', b'"version":1,"version":1'),
         (b'{"logits":[2,-21,20]}', b'{"logits":[2,-21,20],"logits":[2,-21,20]}'),
+        (b'{"logits":[2,-21,20]}', b'{"logits":[2,-21,21],"logits":[2,-21,20]}'),
+        (b'{"logits":[2,-21,20]}', b'{"logits":[2,-21,20],"\\u006cogits":[2,-21,21]}'),
         (b'{"logits":[2,-21,20]}', b'{"logits":[2,-21,NaN]}'),
+        (b'{"logits":[2,-21,20]}', b'{"logits":[2,-21,Infinity]}'),
+        (b'{"logits":[2,-21,20]}', b'{"logits":[2,-21,-Infinity]}'),
         (b"{", b"\xef\xbb\xbf{"),
         (b"{", b"[" * 100000 + b"{"),
         (b'"logits"', b'"\xff"'),
@@ -222,55 +287,78 @@ def test_proof_for_another_model_than_the_user_wants(honest: Honest) -> None:
 def test_other_spellings_of_the_same_file(honest: Honest, old: bytes, new: bytes) -> None:
     raw = honest.result.file.replace(old, new, 1)
     assert raw != honest.result.file
-    refused(honest, raw, "")
+    assert_refused(honest, raw, "")
 
 
 def test_minus_zero_is_not_zero(honest: Honest) -> None:
     result = prove(honest.circuit, tiny_witness((1, 0, 0)), honest.keys, honest.package_bytes)
-    refused(honest, result.file.replace(b"[2,0,0]", b"[2,-0,0]"), "canonical")
+    assert_refused(honest, result.file.replace(b"[2,0,0]", b"[2,-0,0]"), "canonical")
 
 
 def test_reordered_fields(honest: Honest) -> None:
     content = json.loads(honest.result.file)
     raw = json.dumps(dict(reversed(content.items())), separators=(",", ":")).encode() + b"\n"
-    refused(honest, raw, "canonical")
+    assert_refused(honest, raw, "canonical")
 
 
 def test_huge_file(honest: Honest, tmp_path: Path) -> None:
     path = tmp_path / "huge.json"
     with path.open("wb") as stream:
         stream.truncate(MAX_FILE_BYTES + 2)
-    verdict = verify(path, honest.package_path)
-    assert not verdict.valid
-    assert "more than" in verdict.reason
+    outcome = run_verify(str(path), "--verifier", str(honest.package_path))
+    assert outcome.code == 1 and outcome.out.startswith("INVALID: the file has more than")
+
+
+@pytest.mark.parametrize("inside", ["numbers", "proof", "names"])
+def test_file_longer_than_any_proof_of_this_circuit_is_not_parsed(honest: Honest, inside: str) -> None:
+    changes: dict[str, Any] = {
+        "numbers": {"public": {"logits": [1] * 100_000}},
+        "proof": {"segments": [{"proof": "00" * 100_000}]},
+        "names": {"x" * 100_000: 1},
+    }[inside]
+    assert_refused(honest, altered(honest, **changes), "the file has more than")
+
+
+def test_long_values_are_not_quoted_whole(honest: Honest) -> None:
+    for changes in ({"version": "v" * 60_000}, {"f" * 60_000: 1}, {"public": {"n" * 60_000: 1}}):
+        with written(altered(honest, **changes), honest.package_bytes) as arguments:
+            outcome = run_verify(*arguments)
+        assert outcome.code == 1
+        assert len(outcome.out.splitlines()[0]) < 600
 
 
 @pytest.mark.parametrize("raw", [b"", b"null", b"[]", b"1", b"{}", b"PK\x03\x04", b'{"format":'])
 def test_not_a_proof_at_all(honest: Honest, raw: bytes) -> None:
-    refused(honest, raw, "")
-
-
-def test_command_says_invalid_with_exit_code_1(honest: Honest, tmp_path: Path) -> None:
-    bad = tmp_path / "proof.json"
-    bad.write_bytes(altered(honest, public={"logits": [2, -21, 21]}))
-    arguments = [str(bad), "--verifier", str(honest.package_path)]
-    shown = CliRunner().invoke(command, arguments)
-    assert shown.exit_code == 1
-    assert shown.output.startswith("INVALID: the proof does not verify")
-    as_json = CliRunner().invoke(command, [*arguments, "--json"])
-    assert as_json.exit_code == 1
-    answer = json.loads(as_json.output)
-    assert (answer["valid"], answer["outputs"], answer["public"]) == (False, [], {})
-    assert "does not verify" in answer["reason"]
+    assert_refused(honest, raw, "")
 
 
 def test_missing_files_are_not_a_verdict(honest: Honest, tmp_path: Path) -> None:
-    with pytest.raises(MambaintError, match="cannot read the proof"):
-        verify(tmp_path / "none.json", honest.package_path)
-    with pytest.raises(MambaintError, match="cannot read the proof"):
-        verify(tmp_path, honest.package_path)
-    with pytest.raises(MambaintError, match="cannot read the verifier package"):
-        verify(honest.proof_path, tmp_path / "none.zip")
+    package, none = str(honest.package_path), tmp_path / "none"
+    for arguments, because in (
+        ((str(none), "--verifier", package), "cannot read the proof"),
+        ((str(tmp_path), "--verifier", package), "cannot read the proof"),
+        ((str(honest.proof_path), "--verifier", str(none)), "cannot read the verifier package"),
+        ((str(honest.proof_path), "--verifier", str(tmp_path)), "cannot read the verifier package"),
+    ):
+        outcome = run_verify(*arguments)
+        assert (outcome.code, outcome.out) == (2, "")
+        assert because in outcome.err and outcome.err.count("\n") == 1
+
+
+def test_verdict_is_the_exit_code_of_the_process(honest: Honest) -> None:
+    forged = altered(honest, public={"logits": [2, -21, 21]})
+    runs = (
+        (honest.result.file, honest.package_bytes, 0),
+        (forged, honest.package_bytes, 1),
+        (honest.result.file, honest.package_bytes[:-1], 2),
+    )
+    for proof, package, code in runs:
+        with written(proof, package) as arguments:
+            command = [sys.executable, "-m", "cli.main", "verify", *arguments]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == code
+        assert "Traceback" not in done.stdout + done.stderr
+        assert done.stderr.count("\n") == (code == 2)
 
 
 def test_only_true_itself_is_acceptance(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,7 +366,7 @@ def test_only_true_itself_is_acceptance(honest: Honest, monkeypatch: pytest.Monk
 
     for answer in (1, "True", None, [True], False):
         monkeypatch.setattr(ezkl, "verify", lambda *_, answer=answer, **__: answer)
-        refused(honest, honest.result.file, "does not verify")
+        assert_refused(honest, honest.result.file, "does not verify")
 
 
 def test_a_panic_inside_ezkl_is_a_rejection(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,7 +379,7 @@ def test_a_panic_inside_ezkl_is_a_rejection(honest: Honest, monkeypatch: pytest.
         raise Panic("index out of\nbounds")
 
     monkeypatch.setattr(ezkl, "verify", panic)
-    refused(honest, honest.result.file, "index out of bounds")
+    assert_refused(honest, honest.result.file, "index out of bounds")
 
 
 def test_an_interrupt_is_not_a_rejection(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,11 +389,12 @@ def test_an_interrupt_is_not_a_rejection(honest: Honest, monkeypatch: pytest.Mon
         raise KeyboardInterrupt
 
     monkeypatch.setattr(ezkl, "verify", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        judged(honest, honest.result.file)
+    outcome = run_verify(str(honest.proof_path))
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "interrupted" in outcome.err
 
 
 def test_other_ezkl_version_refuses_to_judge(honest: Honest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("zk.ezkl_calls.version", lambda _: "24.0.0")
-    with pytest.raises(MambaintError, match=r"needs EZKL 23\.0\.5 and 24\.0\.0 is installed"):
-        judged(honest, honest.result.file)
+    needed = f"needs EZKL {honest.package.ezkl_version} and 24.0.0 is installed"
+    assert_unusable(honest.result.file, honest.package_bytes, needed)

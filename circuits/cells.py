@@ -13,11 +13,12 @@ check          1 each: the same lookup where the output is not needed
 claim          1 each: a cell that must be zero
 =============  ==================================================================
 
-**Challenges.** In a *challenged* graph all private cells are committed to before a random field element alpha is
-known (Fiat-Shamir, see ``zk.challenge``). Then an identity between sums of products of private cells can be
-checked at the powers of alpha instead of element by element: if it fails for one element, the combination with
-distinct powers vanishes for at most as many alphas as its degree, out of 2^253 (Schwartz-Zippel). Cells computed
-from alpha are *random*: they have no bounds, meet no lookup and serve claims only.
+**Challenges.** In a *challenged* graph all private cells are committed to before a random field element
+alpha is known (Fiat-Shamir, see ``zk.challenge``). Then an identity between sums of products of private cells
+can be checked at the powers of alpha instead of element by element: if it fails for one element, the
+combination with distinct powers vanishes for at most as many alphas as its degree, out of 2^253
+(Schwartz-Zippel). Cells computed from alpha are *random*: they have no bounds, meet no lookup and serve
+claims only.
 """
 
 from __future__ import annotations
@@ -266,9 +267,7 @@ class Cells:
         if size % 2:
             a, b = (_even(np.broadcast_to(ids, shape)) for ids in (a, b))
         shape_of_cells = (size + 1,) if size % 2 else shape
-        ids = self._new(
-            op, f"{self._part}/{op}", shape_of_cells, low, high, operands=(a, b), random=random
-        )
+        ids = self._new(op, f"{self._part}/{op}", shape_of_cells, low, high, operands=(a, b), random=random)
         self._count(op, ids.size)
         return ids.ravel()[:size].reshape(shape)
 

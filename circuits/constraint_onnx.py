@@ -75,7 +75,7 @@ class _Writer:
                 self.constants.add(key)
                 return self.constant(values)
             if company is None:
-                raise ValueError(f"a repeated constant needs a computed tensor beside it: {values}")
+                raise ValueError("a repeated constant needs a computed tensor beside it")
             bases = [company, *bases]
         elif whole:
             return bases[0].name if ids.shape == bases[0].shape else self.reshape(bases[0].name, ids.shape)
@@ -144,7 +144,9 @@ def write_onnx(cells: Cells, groups: tuple[InputTensor, ...], outputs: dict[str,
             inputs.append(helper.make_tensor_value_info(base.name, TensorProto.FLOAT, list(base.shape)))
         elif base.op == "private":
             group, offset = places[base.name]
-            flat = writer.node("Gather", [group, writer.integers([*range(offset, offset + base.size)])], axis=0)
+            flat = writer.node(
+                "Gather", [group, writer.integers([*range(offset, offset + base.size)])], axis=0
+            )
             shape = writer.integers(list(base.shape))
             writer.nodes.append(helper.make_node("Reshape", [flat, shape], [base.name]))
         elif base.op != "constant":

@@ -1,8 +1,8 @@
 """The challenge of a proof, by Fiat-Shamir: nobody can know it before the private values are fixed.
 
-EZKL puts the commitments of committed inputs at the head of a proof. The challenge is a hash over the circuit,
-the statement and those commitments; prover and verifier compute it alike, and the circuit shows it among its
-public values. See "Challenges" in docs/security.md.
+EZKL puts the commitments of committed inputs at the head of a proof. The challenge is a hash over the
+circuit, the statement and those commitments; prover and verifier compute it alike, and the circuit shows it
+among its public values. See "Challenges" in docs/security.md.
 """
 
 from __future__ import annotations

@@ -10,7 +10,6 @@ from circuits.circuit import SALTS, Circuit, InputTensor, PublicTensor, Witness
 from mamba_int.errors import MambaintError
 from zk import field
 
-
 CHALLENGE = "challenge"
 """Name of the public value that is the challenge, and of the committed input it comes from."""
 CHALLENGE_SIZE = 2

@@ -17,9 +17,9 @@ from typing import Any
 from circuits.circuit import PublicTensor
 from mamba_int.errors import MambaintError
 from mamba_int.files import canonical_json, parse_json
+from zk.challenge import POINT_BYTES
 from zk.field import HALF
 from zk.identity import is_sha256
-from zk.challenge import POINT_BYTES
 from zk.jobs import CHALLENGE, pack_public
 from zk.settings import check_settings
 from zk.srs_format import KINDS, VERIFYING_BYTES, SrsKind
@@ -37,6 +37,9 @@ _LIMITS = {
 
 MAX_PACKAGE_BYTES = sum(_LIMITS.values()) + 4096
 MAX_PROOF_BYTES = 1 << 24
+MAX_REASON = 500
+"""Characters of a reason that are shown: some reasons quote the file."""
+
 _MAX_PUBLIC_VALUES = 1 << 22
 
 
@@ -102,6 +105,13 @@ class Package:
                 )
         return _encode_zip(content)
 
+    @property
+    def proof_file_bytes(self) -> int:
+        """More bytes than any proof file for this package has."""
+        digits_and_comma = len(f"-{HALF},")
+        public = sum(len(canonical_json(t.name)) + 8 + t.size * digits_and_comma for t in self.public)
+        return public + 2 * self.proof_bytes + (1 << 16)
+
     def _card(self) -> dict[str, Any]:
         return {
             "format": FORMAT,
@@ -160,12 +170,15 @@ def decode_package(raw: bytes, source: str) -> Package:
         raise _refusal(source, str(error)) from error
     except MambaintError as error:
         raise _refusal(source, error.cause) from error
+    except RecursionError as error:
+        # What the parser still takes can be too deep for the encoder.
+        raise _refusal(source, "it is nested too deeply") from error
     return package
 
 
 def _refusal(source: str, reason: str) -> MambaintError:
     return MambaintError(
-        f"the verifier package {source} cannot be used: {reason}",
+        f"the verifier package {source} cannot be used: {reason[:MAX_REASON]}",
         "get it again from whoever you trust for it",
     )
 
@@ -203,10 +216,11 @@ def _decode_zip(raw: bytes) -> dict[str, bytes]:
                 if max(member.file_size, member.compress_size) > _LIMITS[member.filename]:
                     raise _Malformed(f"{member.filename} has more than {_LIMITS[member.filename]} bytes")
                 content[member.filename] = archive.read(member)
-    except (zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError, ValueError) as error:
+    except _Malformed:
+        raise
+    except Exception as error:
+        # zipfile does not say what it raises on hostile input (an OverflowError, for one); all of it is a no.
         raise _Malformed(f"it is not a zip file ({error})") from error
-    except (OSError, EOFError, RuntimeError) as error:
-        raise _Malformed(f"it is a damaged zip file ({error})") from error
     if _encode_zip(content) != raw:
         raise _Malformed("it is not in the one canonical form")
     return content

@@ -16,7 +16,7 @@ from mamba_int.files import canonical_json
 from zk import ezkl_calls, field
 from zk.challenge import POINT_BYTES, derive_challenge
 from zk.ezkl_calls import EzklError
-from zk.package import Package, read_package
+from zk.package import MAX_REASON, Package, read_package
 from zk.proof import MAX_FILE_BYTES, InvalidProof, Proof, decode_proof
 from zk.srs_format import SrsKind
 
@@ -85,6 +85,9 @@ def check(
     public: dict[str, list[int]] = {}
     reason = ""
     try:
+        # Parsing is linear, but megabytes of it are seconds and gigabytes for nothing.
+        if len(raw_proof) > package.proof_file_bytes:
+            raise InvalidProof(f"the file has more than {package.proof_file_bytes} bytes")
         proof = decode_proof(raw_proof)
         _check_identity(proof, package, package_sha256, expected_model_id)
         segment = proof.segments[0]
@@ -94,7 +97,7 @@ def check(
         _check_segment(segment, rebuild_instances(proof.public, segment, package), package)
         public = proof.public
     except InvalidProof as error:
-        reason = str(error)
+        reason = str(error)[:MAX_REASON]
     return Verdict(
         valid=not reason,
         reason=reason,

@@ -71,7 +71,8 @@ def _prove(
     proof = bytes(read_json(scratch / "proof.json")["proof"])
     if not proof.startswith(commitments):
         raise MambaintError(
-            "the proof does not begin with the commitments of its inputs", "install the EZKL version mambaint pins"
+            "the proof does not begin with the commitments of its inputs",
+            "install the EZKL version mambaint pins",
         )
     return {
         "proof": proof.hex(),

@@ -12,9 +12,9 @@ from mamba_int.graph import IntArray, Node, TensorType
 class _ConvolvedValue(Claimed):
     """sum_d tap[c, d] x[t - d, c] + bias[c], [T, C], claimed as a product of polynomials in alpha.
 
-    Over time, sum_t alpha^t x_t times sum_d tap_d alpha^d has T + K - 1 coefficients: the T outputs, and K - 1
-    beyond the end, which are private, enter this claim only and are fixed by it. So x itself need not exist
-    as cells if its producer knows the sum over time.
+    Over time, sum_t alpha^t x_t times sum_d tap_d alpha^d has T + K - 1 coefficients: the T outputs, and
+    K - 1 beyond the end, which are private, enter this claim only and are fixed by it. So x itself need not
+    be cells if its producer knows the sum over time.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class _ConvolvedValue(Claimed):
 
 
 def conv(source: Value, node: Node, tensor: TensorType) -> Value:
-    """The gadget of ``conv``: K taps of each channel as one dot over the shifted copies of x, or one claim."""
+    """The gadget of ``conv``: K taps of each channel as one dot over the shifted copies of x, or a claim."""
     b = source.builder
     taps, bias = node.constants["taps"], node.constants.get("bias")
     if b.challenged:

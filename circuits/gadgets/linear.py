@@ -378,7 +378,7 @@ class _PairSums:
 
 
 def linear(source: Value, name: str, tensor: TensorType, weight: IntArray, bias: IntArray | None) -> Value:
-    """The gadget of ``linear``: packed or claimed over time where there is a time axis, plain dots where not."""
+    """The gadget of ``linear``: packed or claimed over the time axis if there is one, else plain dots."""
     if len(tensor.shape) == 2:
         if source.builder.challenged:
             projection = _Projection(

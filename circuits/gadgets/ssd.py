@@ -360,7 +360,7 @@ class _Chunk:
 
 
 class _ProductsOfStates(Claimed):
-    """C_t . B_s for all s <= t, claimed over the whole square: the pairs s > t are private and enter nothing else.
+    """C_t . B_s for all s <= t, claimed over the whole square: pairs s > t serve this claim alone.
 
     Element (t, s) weighs alpha^(Q t + s).
     """
@@ -481,8 +481,8 @@ class _ReadValue(Claimed):
 class _StateValue(Claimed):
     """The next state before its shift, [H, P, N], claimed: the turned state plus (sum_s x_s beta_s) << c.
 
-    Element (h, p, n) weighs alpha^(P (h N + n) + p): over p, x and the state become one cell for each head and
-    each pair (h, n), which is all that the turn and the inflow read.
+    Element (h, p, n) weighs alpha^(P (h N + n) + p): over p, x and the state become one cell for each head
+    and each pair (h, n), which is all that the turn and the inflow read.
     """
 
     def __init__(self, chunk: _Chunk, beta: Ids, turns: list[Ids]) -> None:

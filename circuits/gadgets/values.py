@@ -228,7 +228,7 @@ class Claimed(Value):
 
     @abstractmethod
     def total(self) -> list[tuple[Ids, int]]:
-        """sum of all elements, each times its weight, as parts of a claim: a random cell and its coefficient."""
+        """Parts of a claim (random cell, coefficient) that add up to all elements times their weights."""
 
     @abstractmethod
     def exact(self, get: Get) -> Values:
@@ -239,9 +239,7 @@ class Claimed(Value):
 
     def _emit(self) -> Ids:
         self.products()
-        x = self.builder.private(
-            self.name, self.type.shape, self.type.low, self.type.high, self.exact
-        )
+        x = self.builder.private(self.name, self.type.shape, self.type.low, self.type.high, self.exact)
         self.settle([(x, 1)], 0, 1)
         return x
 

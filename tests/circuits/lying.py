@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from circuits.cells import FIELD, Values
+from circuits.cells import CHALLENGE, FIELD, Values
 from circuits.circuit import Witness
 from circuits.lowering import LoweredCircuit
 from tests.circuits.conftest import Array
@@ -62,6 +63,10 @@ def satisfied(lowered: LoweredCircuit, witness: Witness) -> bool:
         operands = [flat[ids] for ids in base.operands]
         if base.op == "private":
             values = np.array(witness.private[base.name], dtype=object)
+        elif base.op == "challenge":
+            # Whatever the prover chose is hashed, so the challenge cannot have been known before.
+            fixed = hashlib.sha512(repr(sorted(witness.private.items())).encode()).digest()
+            values = np.array([int.from_bytes(fixed, "big"), 0], dtype=object)
         elif base.op == "constant":
             assert base.constant is not None
             values = base.constant
@@ -78,6 +83,8 @@ def satisfied(lowered: LoweredCircuit, witness: Witness) -> bool:
         flat[base.first : base.first + base.size] = np.asarray(values, dtype=object).ravel() % FIELD
     forced = {tensor.name: tensor.forced for tensor in lowered.circuit.public}
     for name, ids in lowered.outputs.items():
+        if name == CHALLENGE:
+            continue
         claimed = witness.public.get(name, [forced[name]] * ids.size)
         if any(
             c is not None and (int(v) - c) % FIELD for v, c in zip(flat[ids.ravel()], claimed, strict=True)

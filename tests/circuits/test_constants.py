@@ -10,15 +10,17 @@ from hypothesis import strategies as st
 from onnx import numpy_helper
 
 from circuits.cells import Cells, float_parts
+from circuits.circuit import InputTensor
 from circuits.constraint_onnx import write_onnx
 from circuits.lowering import build_circuit
 from mamba_int.errors import MambaintError
-from tests.circuits.conftest import GRAPHS, MODELS, assert_equal_to_interpreter, chain, extreme_inputs, node
-from tests.circuits.test_equality import built
+from tests.circuits.conftest import assert_equal_to_interpreter, chain, extreme_inputs, node
+from tests.circuits.test_equality import FORMS, MODEL_FORMS, built
 from zk.prove import mock
 
 LARGE = 123_456_789_123
 """37 bits, odd: two float32 constants."""
+ONE_INPUT = (InputTensor("witness", (("x", 2),)),)
 
 
 @given(st.lists(st.integers(-(1 << 100), 1 << 100), min_size=1, max_size=5))
@@ -83,7 +85,7 @@ def test_a_constant_no_float32_holds_is_refused_with_a_remedy() -> None:
     x = cells.private("x", (2,), 0, 1, lambda get: np.zeros(2, np.int64))
     huge = cells.mul(x, cells.constant([1 << 130]))
     with pytest.raises(MambaintError, match="float32"):
-        write_onnx(cells, {"huge": huge})
+        write_onnx(cells, ONE_INPUT, {"huge": huge})
 
 
 def test_a_constant_first_operand_beyond_24_bits_is_refused_with_a_remedy() -> None:
@@ -91,10 +93,10 @@ def test_a_constant_first_operand_beyond_24_bits_is_refused_with_a_remedy() -> N
     x = cells.private("x", (2,), 0, 1, lambda get: np.zeros(2, np.int64))
     difference = cells.sub(cells.constant([LARGE]), x)
     with pytest.raises(MambaintError, match="float32"):
-        write_onnx(cells, {"difference": difference})
+        write_onnx(cells, ONE_INPUT, {"difference": difference})
 
 
-@pytest.mark.parametrize("name", [*GRAPHS, *MODELS])
+@pytest.mark.parametrize("name", [*FORMS, *MODEL_FORMS])
 def test_no_constant_is_written_twice(name: str) -> None:
     _, lowered = built(name)
     graph = onnx.load_from_string(lowered.circuit.onnx).graph
@@ -111,6 +113,6 @@ def test_a_serial_number_does_not_repeat_another_constant() -> None:
     cells = Cells(8)
     x = cells.private("x", (2,), 0, 1, lambda get: np.zeros(2, np.int64))
     y = cells.add(cells.add(cells.add(x, cells.constant([7])), cells.constant([7, 3])), cells.constant([7]))
-    model = onnx.load_from_string(write_onnx(cells, {"y": y}))
+    model = onnx.load_from_string(write_onnx(cells, ONE_INPUT, {"y": y}))
     floats = [tuple(numpy_helper.to_array(t).tolist()) for t in model.graph.initializer if t.data_type == 1]
     assert len(floats) == len(set(floats)) == 3

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from circuits.circuit import Circuit, PublicTensor, Witness
+from circuits.circuit import Circuit, InputTensor, PublicTensor, Witness
 from zk.keys import Keys, make_keys
 from zk.package import Package, decode_package
 from zk.prove import ProofResult, prove
@@ -46,12 +46,13 @@ def tiny_circuit(weights: tuple[int, int, int] = (2, 3, 5), op: str = "Mul", row
     ]
     constants = {"w": np.array(weights, np.float32), "last": np.array([3], np.int64)}
     onnx = build_onnx(nodes, {"x": 3, "spare": 1}, {"logits": 3, "anchor": 1}, constants)
+    inputs = tuple(InputTensor(name, ((name, size),)) for name, size in (("x", 3), ("spare", 1)))
     return Circuit(
         model_id=hashlib.sha256(repr((weights, op)).encode()).hexdigest(),
         onnx=onnx,
         logrows=LOGROWS,
         rows=rows,
-        private=(("x", 3), ("spare", 1)),
+        inputs=inputs,
         public=(PublicTensor("logits", (3,)), PublicTensor("anchor", (1,), forced=0)),
     )
 

@@ -192,7 +192,7 @@ def test_circuit_id_depends_on_everything_the_key_depends_on(honest: Honest) -> 
         circuit_id(dataclasses.replace(circuit, logrows=9), srs, "23.0.5"),
         circuit_id(dataclasses.replace(circuit, rows=10), srs, "23.0.5"),
         circuit_id(dataclasses.replace(circuit, public=circuit.public[:1]), srs, "23.0.5"),
-        circuit_id(dataclasses.replace(circuit, private=circuit.private[:1]), srs, "23.0.5"),
+        circuit_id(dataclasses.replace(circuit, inputs=circuit.inputs[:1]), srs, "23.0.5"),
     ]
     assert variants[0] == honest.keys.circuit_id
     assert len(set(variants)) == len(variants)

@@ -116,13 +116,14 @@ def test_ezkl_environment_variables_do_not_reach_the_worker(monkeypatch: pytest.
 def test_ezkl_fault_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "circuit.onnx").write_bytes(b"not onnx")
     with pytest.raises(ezkl_calls.EzklError) as caught:
-        ezkl_calls.gen_settings(tmp_path / "circuit.onnx", tmp_path / "settings.json", 8)
+        ezkl_calls.gen_settings(tmp_path / "circuit.onnx", tmp_path / "settings.json", 8, False)
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("committed", [False, True])
 @pytest.mark.parametrize("logrows", [8, 9, 12])
-def test_table_edges_are_where_the_gadgets_assume(tmp_path: Path, logrows: int) -> None:
-    table.check_edges(tmp_path / "edges", logrows)
+def test_table_edges_are_where_the_gadgets_assume(tmp_path: Path, logrows: int, committed: bool) -> None:
+    table.check_edges(tmp_path / "edges", logrows, committed)
 
 
 @pytest.mark.parametrize("shift", [-1, 1])
@@ -131,4 +132,4 @@ def test_table_that_ends_elsewhere_is_noticed(
 ) -> None:
     monkeypatch.setattr(table, "table_high", lambda logrows: table_high(logrows) + shift)
     with pytest.raises(MambaintError, match="lookup table for"):
-        table.check_edges(tmp_path / "edges", 8)
+        table.check_edges(tmp_path / "edges", 8, False)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from onnx import helper
 
-from circuits.circuit import Circuit, PublicTensor, Witness
+from circuits.circuit import Circuit, InputTensor, PublicTensor, Witness
 from mamba_int.errors import MambaintError
 from tests.zk.conftest import Honest, build_onnx, run_honestly, tiny_circuit, tiny_witness
 from zk.keys import make_keys
@@ -21,7 +21,9 @@ from zk.verify import verify
 
 
 def guard(honest: Honest, settings: Any, rows: int | None = 9) -> None:
-    check_settings(settings, logrows=8, public=honest.circuit.public, ezkl_version="23.0.5", rows=rows)
+    check_settings(
+        settings, logrows=8, public=honest.circuit.public, committed=(), ezkl_version="23.0.5", rows=rows
+    )
 
 
 def altered(honest: Honest, path: str, value: Any) -> Any:
@@ -114,12 +116,12 @@ def test_circuit_that_does_not_fit_its_rows(honest: Honest, name: str) -> None:
 @pytest.mark.parametrize("logrows", [7, 27])
 def test_impossible_number_of_rows(logrows: int) -> None:
     with pytest.raises(MambaintError, match="cannot have"):
-        run_arguments(logrows)
+        run_arguments(logrows, False)
 
 
 @pytest.mark.parametrize("logrows", range(8, 27))
 def test_declared_table_needs_one_column_and_ends_below_the_true_top(logrows: int) -> None:
-    low, high = run_arguments(logrows)["lookup_range"]
+    low, high = run_arguments(logrows, False)["lookup_range"]
     usable = (1 << logrows) - 8
     assert (high - low) // usable + 1 == 1
     assert low < high < low + usable - 1
@@ -133,7 +135,7 @@ def test_canonical_settings_forget_time_and_hash_order() -> None:
 
 def one_node(op: str, public: tuple[PublicTensor, ...], rows: int) -> Circuit:
     onnx = build_onnx([helper.make_node(op, ["x"], ["y"])], {"x": 3}, {"y": 3}, {})
-    return Circuit("0" * 64, onnx, 8, rows, (("x", 3),), public)
+    return Circuit("0" * 64, onnx, 8, rows, (InputTensor("x", (("x", 3),)),), public)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +151,12 @@ def test_circuit_built_from_forbidden_operations(op: str, because: str) -> None:
 def test_two_lookup_types_in_one_circuit() -> None:
     nodes = [helper.make_node("HardSwish", ["x"], ["h"]), helper.make_node("Sigmoid", ["h"], ["y"])]
     circuit = Circuit(
-        "0" * 64, build_onnx(nodes, {"x": 3}, {"y": 3}, {}), 8, 3, (("x", 3),), (PublicTensor("y", (3,)),)
+        "0" * 64,
+        build_onnx(nodes, {"x": 3}, {"y": 3}, {}),
+        8,
+        3,
+        (InputTensor("x", (("x", 3),)),),
+        (PublicTensor("y", (3,)),),
     )
     with pytest.raises(MambaintError, match="required_lookups"):
         mock(circuit, [Witness({"x": [1, 2, 3]}, {})])
@@ -177,7 +184,9 @@ def test_lookup_free_circuit_with_einsums_and_two_dimensional_outputs(cache: Pat
     graph_outputs = {"logits": 4}
     constants = {"w": weights, "shape": np.array([2, 3], np.int64)}
     onnx = build_onnx(nodes, inputs, graph_outputs, constants)
-    circuit = Circuit("e" * 64, onnx, 8, 13, (("x", 6),), (PublicTensor("logits", (2, 2)),))
+    circuit = Circuit(
+        "e" * 64, onnx, 8, 13, (InputTensor("x", (("x", 6),)),), (PublicTensor("logits", (2, 2)),)
+    )
     x = np.array([[1, -2, 3], [400, 5, -60000]])
     witness = Witness({"x": x.flatten().tolist()}, {"logits": (x @ weights.astype(int)).flatten().tolist()})
     run = run_honestly(circuit, witness, cache, tmp_path / "run")

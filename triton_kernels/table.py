@@ -22,13 +22,13 @@ def look_up(x: Tensor, values: Tensor, low: int, rounding: bool = True) -> Tenso
     """
     index, last = x - low, len(values) - 1
     if rounding:
-        here = index.detach().long()
+        here = index.long()
         before, after = (here - 1).clamp(min=0), (here + 1).clamp(max=last)
     else:
-        here = before = index.detach().floor().long().clamp(0, max(last - 1, 0))
+        here = before = index.floor().long().clamp(0, max(last - 1, 0))
         after = (here + 1).clamp(max=last)
     slope = (values[after] - values[before]) / (after - before).clamp(min=1)
     if rounding:
-        # Adding 0 leaves the entry as it is.
-        return values[here] + (index - index.detach()) * slope.detach()
+        # Adding 0 leaves the entry as it is, and passes the slope on.
+        return values[here] + (index - index.detach()) * slope
     return values[here] + (index - here) * slope

@@ -39,7 +39,10 @@ class Select(Operation):
 
 
 class Table(Operation):
-    """values[x - low]: constant ``values`` [entries], at most 1024, that cover the whole interval of x."""
+    """values[x - low]: constant ``values`` [entries], at most 1024, that cover the whole interval of x.
+
+    The gradient of x is the slope of the table, straight through; see :func:`triton_kernels.table.look_up`.
+    """
 
     name = "table"
 

@@ -197,7 +197,9 @@ def test_comparison_turned_at_equality_and_one_below_with_slacks_recomputed(name
     reject_all(lowered, x, lies)
 
 
-@pytest.mark.parametrize("name", ["compare", "compare_odd", "select", "select_by_a_clamp"])
+@pytest.mark.parametrize(
+    "name", ["compare", "compare_odd", "compare_to_the_table_edge", "select", "select_by_a_clamp"]
+)
 def test_comparison_within_the_table_and_choice_leave_a_prover_nothing_to_choose(name: str) -> None:
     graph, lowered = built(name)
     assert not privates(lowered)

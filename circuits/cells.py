@@ -203,15 +203,17 @@ class Cells:
 
     def _exact_parts(self, ids: Ids) -> list[Ids]:
         """A view of constants as views that float32 holds and that add up to it; any other view as it is."""
-        if any(base.op != "constant" for base in self.base_of(ids)):
+        if not self._are_constants(ids):
             return [ids]
         parts = float_parts(self.constant_values(ids))
         return [ids] if len(parts) == 1 else [self.constant(part) for part in parts]
 
+    def _are_constants(self, *views: Ids) -> bool:
+        return all(base.op == "constant" for ids in views for base in self.base_of(ids))
+
     def _all(self, ids: Ids, value: int) -> bool:
         """Whether a view holds nothing but this constant: EZKL would leave out x + 0 and x * 1."""
-        constant = all(base.op == "constant" for base in self.base_of(ids))
-        return constant and bool((self.constant_values(ids) == value).all())
+        return self._are_constants(ids) and bool((self.constant_values(ids) == value).all())
 
     def fits(self, low: int, high: int) -> bool:
         """Whether the lookup table holds all of low..high."""
@@ -289,8 +291,9 @@ class Cells:
 
     def mul(self, a: Ids, b: Ids, bounds: tuple[int, int] | None = None) -> Ids:
         """a * b, broadcasting; ``bounds`` as in :meth:`dot`; a constant goes second."""
-        if self._all(b, 1):
-            return np.broadcast_to(a, np.broadcast_shapes(a.shape, b.shape))
+        for one, other in ((b, a), (a, b)):
+            if self._all(one, 1):
+                return np.broadcast_to(other, np.broadcast_shapes(a.shape, b.shape))
         first, *rest = self._exact_parts(b)
         if not rest:
             return self._binary("mul", a, b, bounds)
@@ -313,6 +316,13 @@ class Cells:
         summed = [letter for letter in size if letter not in out]
         if not all(letter in la and letter in lb for letter in summed):
             raise ValueError(f"{equation}: a summed index is not in both operands")
+        if self._are_constants(a, b):
+            # EZKL would compute it once and for all.
+            return self.constant(np.einsum(equation, self.constant_values(a), self.constant_values(b)))
+        if all(size[letter] == 1 for letter in summed) and self._all(b, 1):
+            # EZKL would leave it out.
+            view: Ids = np.einsum(equation, a, np.ones_like(b))
+            return view
         parts = self._exact_parts(b)
         if len(parts) > 1:
             # x (c1 + c2) = x c1 + x c2: the sum runs over the same x again with the rest of the constant.

@@ -239,7 +239,9 @@ class Claimed(Value):
 
     def _emit(self) -> Ids:
         self.products()
-        x = self.builder.private(self.name, self.type.shape, self.type.low, self.type.high, self.exact)
+        x = self.builder.private(
+            f"{self.name}.values", self.type.shape, self.type.low, self.type.high, self.exact
+        )
         self.settle([(x, 1)], 0, 1)
         return x
 

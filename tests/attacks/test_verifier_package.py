@@ -23,28 +23,14 @@ import pytest
 from mamba_int.errors import MambaintError
 from mamba_int.files import canonical_json
 from tests.attacks.command import accepted, assert_invalid, assert_unusable, run_verify, written
+from tests.attacks.mutating import unzipped, zipped
 from tests.zk.conftest import LOGROWS, Honest
 from zk.package import MAX_PACKAGE_BYTES, Package
 from zk.srs_format import verifying_part
 
 
 def members(honest: Honest) -> dict[str, bytes]:
-    with zipfile.ZipFile(io.BytesIO(honest.package_bytes)) as archive:
-        return {name: archive.read(name) for name in archive.namelist()}
-
-
-def zipped(content: dict[str, bytes], **options: Any) -> bytes:
-    """A zip with our metadata unless ``options`` say otherwise."""
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
-        for name, data in content.items():
-            info = zipfile.ZipInfo(name, options.get("date", (1980, 1, 1, 0, 0, 0)))
-            info.create_system = 3
-            info.external_attr = options.get("mode", 0o644) << 16
-            info.compress_type = options.get("compression", zipfile.ZIP_STORED)
-            info.comment = options.get("comment", b"")
-            archive.writestr(info, data)
-    return buffer.getvalue()
+    return unzipped(honest.package_bytes)
 
 
 def with_card(honest: Honest, **changes: Any) -> bytes:

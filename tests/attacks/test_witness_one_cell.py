@@ -123,7 +123,9 @@ def test_any_private_cell_a_field_fraction_wrapped_or_of_the_other_sign(name: st
     assert_rejected(lowered, x, lies, harmless, most=6)
 
 
-@pytest.mark.parametrize("name", ["linear_ternary", "linear_two_packs", "conv_shifted", "shift_of_sum", "norm"])
+@pytest.mark.parametrize(
+    "name", ["linear_ternary", "linear_two_packs", "conv_shifted", "shift_of_sum", "norm"]
+)
 def test_quotient_or_digit_solved_for_modulo_the_field(name: str) -> None:
     # Any remainder has its quotient, and any lowest digit its next one, once fractions are allowed.
     _, lowered = built(name)

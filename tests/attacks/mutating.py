@@ -281,17 +281,34 @@ def rezipped(random: Random, raw: bytes) -> bytes:
     return zipped(members, **options)
 
 
+def _hashed(members: dict[str, bytes]) -> dict[str, Any]:
+    """The card with the true hashes of the other members."""
+    card: dict[str, Any] = json.loads(members["card.json"])
+    card["settings_sha256"] = hashlib.sha256(members["settings.json"]).hexdigest()
+    card["vk_sha256"] = hashlib.sha256(members["vk.key"]).hexdigest()
+    card["srs"]["verifying_sha256"] = hashlib.sha256(members["verifying.srs"]).hexdigest()
+    return card
+
+
 def consistent(random: Random, raw: bytes) -> bytes:
     """A package of other content in canonical form, whose card names the right hashes, if it still can."""
     members = unzipped(raw)
-    card = json.loads(members["card.json"])
     name = random.choice(list(members))
     if name == "settings.json":
         members[name] = canonical_json(edited_value(random, json.loads(members[name])))
     elif name != "card.json":
         members[name] = edited_bytes(random, members[name])
-    card["settings_sha256"] = hashlib.sha256(members["settings.json"]).hexdigest()
-    card["vk_sha256"] = hashlib.sha256(members["vk.key"]).hexdigest()
-    card["srs"]["verifying_sha256"] = hashlib.sha256(members["verifying.srs"]).hexdigest()
+    card = _hashed(members)
     members["card.json"] = canonical_json(edited_value(random, card) if name == "card.json" else card)
+    return zipped(members)
+
+
+def respelled_inside(random: Random, raw: bytes) -> bytes:
+    """A package whose card or settings are spelled otherwise, with the right hashes."""
+    members = unzipped(raw)
+    if random.random() < 0.5:
+        members["settings.json"] = respelled(random, members["settings.json"])
+        members["card.json"] = canonical_json(_hashed(members))
+    else:
+        members["card.json"] = respelled(random, members["card.json"])
     return zipped(members)

@@ -1,4 +1,4 @@
-"""11,000 random mutations of both files through ``mambaint verify``: none accepted, no traceback, no hang.
+"""12,000 random mutations of both files through ``mambaint verify``: none accepted, no traceback, no hang.
 
 EZKL is replaced by an ideal one that accepts the honest proof and nothing else, so what could be accepted
 here is another spelling of it. A fixed sample of what reaches EZKL is then given to the real one.
@@ -24,6 +24,7 @@ from tests.attacks.mutating import (
     edited_bytes,
     edited_proof,
     respelled,
+    respelled_inside,
     rezipped,
 )
 from tests.zk.conftest import Honest
@@ -37,6 +38,7 @@ OF_PACKAGE: dict[str, tuple[Mutation, int]] = {
     "bytes": (edited_bytes, 2000),
     "zip": (rezipped, 1500),
     "content": (consistent, 1500),
+    "spelling": (respelled_inside, 1000),
 }
 SECONDS_EACH = 5
 REAL_SAMPLE = 40

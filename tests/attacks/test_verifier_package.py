@@ -187,6 +187,31 @@ def test_altered_card(honest: Honest, field: str, value: Any, because: str) -> N
     refused(honest, with_card(honest, **{field: value}), because)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "because"),
+    [
+        (b'"version":1', b'"version": 1', "canonical"),
+        (b'"version":1', b'"version":1e0', "format version 1.0"),
+        (b'"version":1', b'"version":1,"version":1', "duplicate key"),
+        (b'"version":1', b'"version":0,"\\u0076ersion":1', "duplicate key"),
+        (b'"task":"toy"', b'"task":"\\u0074oy"', "canonical"),
+        (b'"task":"toy"', b'"task":-0', "canonical"),
+        (b'"task":"toy"', b'"task":NaN', "not a JSON number"),
+        (b'"task":"toy"', b'"task":1.50', "canonical"),
+        (b'"task":"toy"', b'"task":' + b"9" * 5000, "not valid JSON"),
+        (b'"task":"toy"', b'"task":"\xff"', "not valid JSON"),
+        (b'"forced":null', b'"forced":-0', "canonical"),
+        (b"{", b"\xef\xbb\xbf{", "not valid JSON"),
+        (b"{", b"\n{", "canonical"),
+    ],
+)
+def test_other_spellings_of_the_card(honest: Honest, old: bytes, new: bytes, because: str) -> None:
+    content = members(honest)
+    card = content["card.json"].replace(old, new, 1)
+    assert card != content["card.json"]
+    refused(honest, zipped({**content, "card.json": card}), because)
+
+
 @pytest.mark.parametrize("member", ["card.json", "settings.json"])
 def test_number_that_overflows_to_infinity(honest: Honest, member: str) -> None:
     if member == "card.json":

@@ -311,12 +311,12 @@ def test_huge_file(honest: Honest, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("inside", ["numbers", "proof", "names"])
 def test_file_longer_than_any_proof_of_this_circuit_is_not_parsed(honest: Honest, inside: str) -> None:
-    changes: dict[str, Any] = {
+    changes: dict[str, dict[str, Any]] = {
         "numbers": {"public": {"logits": [1] * 100_000}},
         "proof": {"segments": [{"proof": "00" * 100_000}]},
         "names": {"x" * 100_000: 1},
-    }[inside]
-    assert_refused(honest, altered(honest, **changes), "the file has more than")
+    }
+    assert_refused(honest, altered(honest, **changes[inside]), "the file has more than")
 
 
 def test_long_values_are_not_quoted_whole(honest: Honest) -> None:

@@ -23,28 +23,14 @@ import pytest
 from mamba_int.errors import MambaintError
 from mamba_int.files import canonical_json
 from tests.attacks.command import accepted, assert_invalid, assert_unusable, run_verify, written
+from tests.attacks.mutating import unzipped, zipped
 from tests.zk.conftest import LOGROWS, Honest
 from zk.package import MAX_PACKAGE_BYTES, Package
 from zk.srs_format import verifying_part
 
 
 def members(honest: Honest) -> dict[str, bytes]:
-    with zipfile.ZipFile(io.BytesIO(honest.package_bytes)) as archive:
-        return {name: archive.read(name) for name in archive.namelist()}
-
-
-def zipped(content: dict[str, bytes], **options: Any) -> bytes:
-    """A zip with our metadata unless ``options`` say otherwise."""
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
-        for name, data in content.items():
-            info = zipfile.ZipInfo(name, options.get("date", (1980, 1, 1, 0, 0, 0)))
-            info.create_system = 3
-            info.external_attr = options.get("mode", 0o644) << 16
-            info.compress_type = options.get("compression", zipfile.ZIP_STORED)
-            info.comment = options.get("comment", b"")
-            archive.writestr(info, data)
-    return buffer.getvalue()
+    return unzipped(honest.package_bytes)
 
 
 def with_card(honest: Honest, **changes: Any) -> bytes:
@@ -199,6 +185,31 @@ def test_unsound_settings_in_a_consistent_package(
 )
 def test_altered_card(honest: Honest, field: str, value: Any, because: str) -> None:
     refused(honest, with_card(honest, **{field: value}), because)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "because"),
+    [
+        (b'"version":1', b'"version": 1', "canonical"),
+        (b'"version":1', b'"version":1e0', "format version 1.0"),
+        (b'"version":1', b'"version":1,"version":1', "duplicate key"),
+        (b'"version":1', b'"version":0,"\\u0076ersion":1', "duplicate key"),
+        (b'"task":"toy"', b'"task":"\\u0074oy"', "canonical"),
+        (b'"task":"toy"', b'"task":-0', "canonical"),
+        (b'"task":"toy"', b'"task":NaN', "not a JSON number"),
+        (b'"task":"toy"', b'"task":1.50', "canonical"),
+        (b'"task":"toy"', b'"task":' + b"9" * 5000, "not valid JSON"),
+        (b'"task":"toy"', b'"task":"\xff"', "not valid JSON"),
+        (b'"forced":null', b'"forced":-0', "canonical"),
+        (b"{", b"\xef\xbb\xbf{", "not valid JSON"),
+        (b"{", b"\n{", "canonical"),
+    ],
+)
+def test_other_spellings_of_the_card(honest: Honest, old: bytes, new: bytes, because: str) -> None:
+    content = members(honest)
+    card = content["card.json"].replace(old, new, 1)
+    assert card != content["card.json"]
+    refused(honest, zipped({**content, "card.json": card}), because)
 
 
 @pytest.mark.parametrize("member", ["card.json", "settings.json"])

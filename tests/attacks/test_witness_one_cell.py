@@ -125,6 +125,39 @@ def test_any_private_cell_a_field_fraction_wrapped_or_of_the_other_sign(name: st
     assert_rejected(lowered, x, lies, harmless, most=6)
 
 
+@pytest.mark.parametrize(
+    "name", ["linear_ternary", "linear_two_packs", "conv_shifted", "shift_of_sum", "norm"]
+)
+def test_quotient_or_digit_solved_for_modulo_the_field(name: str) -> None:
+    # Any remainder has its quotient, and any lowest digit its next one, once fractions are allowed.
+    _, lowered = built(name)
+    x, fraction = random_input(built(name)[0]), pow(1 << lowered.circuit.logrows, -1, FIELD)
+    honest, lies = lowered.witness(x), {}
+    for tensor, size in privates(lowered).items():
+        if tensor.endswith((".one_hot", ".rho")) or any(part in tensor for part in SLACK):
+            continue
+        for i in positions(name, size, 2):
+            for target in (1, -1, 16, -16, 1 << 20):
+                lies[f"{tensor}[{i}] for {target:+}"] = override(honest, tensor, [(i, target * fraction)])
+    assert_rejected(lowered, x, lies, {}, most=4)
+
+
+@pytest.mark.parametrize("name", LIED_TO)
+def test_private_cell_beyond_any_bound(name: str) -> None:
+    graph, lowered = built(name)
+    x = random_input(graph)
+    honest = lowered.witness(x)
+    lies = {
+        f"{tensor}[{i}] {sign:+}2^{bits}": override(honest, tensor, [(i, sign << bits)])
+        for tensor, size in privates(lowered).items()
+        for i in positions(tensor, size, 1)
+        for bits in (20, 64, 200, 253)
+        for sign in (1, -1)
+        if not decides_nothing(lowered, tensor, honest.private[tensor][i] + (sign << bits))
+    }
+    assert_rejected(lowered, x, lies, {}, most=2)
+
+
 @pytest.mark.parametrize("name", INPUTS_LIED_TO)
 def test_model_input_out_of_range_or_no_integer(name: str) -> None:
     graph, lowered = built(name)

@@ -143,6 +143,17 @@ CHANGES: dict[str, tuple[Graph, Callable[[Graph], Graph]]] = {
     ),
     "div: by another divisor": (GRAPHS["div"](), lambda g: other_value(g, "divisor", "value", (), 9)),
     "slice: other elements": (GRAPHS["slice"](), lambda g: other_attributes(g, "s", start=0, stop=2)),
+    "table: one entry moved": (GRAPHS["table"](), lambda g: reversed_constant(g, "out", "values")),
+    "compare: one constant": (
+        GRAPHS["compare_constant"](),
+        lambda g: other_value(g, "out", "value", (3,), -17),
+    ),
+    "compare: one constant of a wide one": (
+        GRAPHS["compare_wide_constant"](),
+        lambda g: other_value(g, "out", "value", (3,), -8000),
+    ),
+    "compare: sides exchanged": (GRAPHS["compare"](), lambda g: other_inputs(g, "out", "r", "l")),
+    "select: branches exchanged": (GRAPHS["select"](), lambda g: other_inputs(g, "out", "g", "r", "l")),
     "reduce: sum of other elements": (SUM_OF_SLICE, lambda g: other_attributes(g, "s", start=1, stop=4)),
     "reduce: last of other elements": (LAST_OF_SLICE, lambda g: other_attributes(g, "s", start=1, stop=4)),
 }
@@ -211,12 +222,29 @@ def assert_forgery_fails(
         assert not accepted(claim.encode(), package)
 
 
-@pytest.mark.parametrize("name", SIBLINGS)
-def test_sibling_circuit_under_the_honest_key_does_not_verify(name: str, cache: Path, tmp_path: Path) -> None:
+CLAIMED_SIBLINGS = [
+    "linear: one ternary weight",
+    "linear: columns permuted",
+    "linear: places of the packed shift",
+    "conv: taps permuted",
+    "ssd: one skip connection",
+    "ssd: rotation of the carried state",
+]
+"""Those whose products are also tried as claims at a random point."""
+
+
+@pytest.mark.parametrize(
+    ("name", "challenged"),
+    [*((name, False) for name in SIBLINGS), *((name, True) for name in CLAIMED_SIBLINGS)],
+)
+def test_sibling_circuit_under_the_honest_key_does_not_verify(
+    name: str, challenged: bool, cache: Path, tmp_path: Path
+) -> None:
     graphs = SIBLINGS[name]
     x = graph_input(*graphs)
-    logrows = max(build_circuit(graph, public_input=True).circuit.logrows for graph in graphs)
-    honest, sibling = (build_circuit(graph, public_input=True, logrows=logrows) for graph in graphs)
+    logrows = max(build_circuit(graph, True, challenged=challenged).circuit.logrows for graph in graphs)
+    honest, sibling = (build_circuit(graph, True, logrows, challenged) for graph in graphs)
+    assert honest.circuit.challenged == challenged
     assert_forgery_fails(honest, sibling, x, x, cache, tmp_path / "sibling")
 
 

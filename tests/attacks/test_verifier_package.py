@@ -150,12 +150,15 @@ def test_unsound_settings_in_a_consistent_package(
     refused(honest, dataclasses.replace(honest.package, settings=settings).encode(), because)
 
 
+NO_CHALLENGE = {"name": "x", "shape": [1], "forced": None, "challenge": False}
+
+
 @pytest.mark.parametrize(
     ("field", "value", "because"),
     [
         ("format", "mambaint-proof", "not a verifier package"),
         ("version", 0, "format version 0"),
-        ("version", 2, "format version 2"),
+        ("version", 1, "format version 1"),
         ("version", True, "format version True"),
         ("mambaint", "", "mambaint is not a version"),
         ("ezkl", 23, "ezkl is not a version"),
@@ -173,13 +176,34 @@ def test_unsound_settings_in_a_consistent_package(
         ("srs", {}, "srs has wrong fields"),
         ("public", [], "public is not a list"),
         ("public", [{"name": "x", "shape": [3]}], "wrong fields"),
-        ("public", [{"name": "", "shape": [3], "forced": None}], "no proper name"),
-        ("public", [{"name": "x", "shape": [True], "forced": None}], "not a list of sizes"),
-        ("public", [{"name": "x", "shape": [1 << 21, 1 << 21], "forced": None}], "too many"),
-        ("public", [{"name": "x", "shape": [3], "forced": False}], "forced value"),
-        ("public", [{"name": "x", "shape": [3], "forced": 1 << 254}], "forced value"),
-        ("public", [{"name": "x", "shape": [2], "forced": None}] * 2, "share a name"),
-        ("public", [{"name": "logits", "shape": [4], "forced": None}], "model_instance_shapes"),
+        ("public", [{"name": "", "shape": [3], "forced": None, "challenge": False}], "no proper name"),
+        (
+            "public",
+            [{**NO_CHALLENGE, "shape": [True]}],
+            "not a list of sizes",
+        ),
+        (
+            "public",
+            [{**NO_CHALLENGE, "shape": [1 << 21, 1 << 21]}],
+            "too many",
+        ),
+        ("public", [{"name": "x", "shape": [3], "forced": False, "challenge": False}], "forced value"),
+        ("public", [{"name": "x", "shape": [3], "forced": 1 << 254, "challenge": False}], "forced value"),
+        ("public", [{"name": "x", "shape": [2], "forced": None, "challenge": False}] * 2, "share a name"),
+        (
+            "public",
+            [{**NO_CHALLENGE, "name": "logits", "shape": [4]}],
+            "model_instance_shapes",
+        ),
+        ("public", [{**NO_CHALLENGE, "challenge": 1}], "wrongly marked as the challenge"),
+        ("public", [{**NO_CHALLENGE, "shape": [2], "challenge": True}], "wrongly marked as the challenge"),
+        ("public", [{**NO_CHALLENGE, "forced": 0, "challenge": True}], "wrongly marked as the challenge"),
+        ("public", [{**NO_CHALLENGE, "challenge": True}], "not derived from commitments"),
+        ("committed", [["witness", 0]], "not a name and a size"),
+        ("committed", [["witness", 3], ["witness", 3]], "share a name"),
+        ("committed", [["challenge", 2]], "not derived from commitments"),
+        ("committed", [[f"witness{i}", 3] for i in range(50)], "cannot hold its commitments"),
+        ("committed", [["witness", 3]], "input_visibility"),
         ("note", "hello", "missing or unknown fields"),
     ],
 )
@@ -190,10 +214,10 @@ def test_altered_card(honest: Honest, field: str, value: Any, because: str) -> N
 @pytest.mark.parametrize(
     ("old", "new", "because"),
     [
-        (b'"version":1', b'"version": 1', "canonical"),
-        (b'"version":1', b'"version":1e0', "format version 1.0"),
-        (b'"version":1', b'"version":1,"version":1', "duplicate key"),
-        (b'"version":1', b'"version":0,"\\u0076ersion":1', "duplicate key"),
+        (b'"version":2', b'"version": 2', "canonical"),
+        (b'"version":2', b'"version":2e0', "format version 2.0"),
+        (b'"version":2', b'"version":2,"version":2', "duplicate key"),
+        (b'"version":2', b'"version":0,"\\u0076ersion":1', "duplicate key"),
         (b'"task":"toy"', b'"task":"\\u0074oy"', "canonical"),
         (b'"task":"toy"', b'"task":-0', "canonical"),
         (b'"task":"toy"', b'"task":NaN', "not a JSON number"),

@@ -71,6 +71,7 @@ _RANGES = {
     "norm_per_octave": (1, 2),
     "activation_bits": (2, 7),
     "y_bits": (2, 12),
+    "gate_bits": (2, 7),
     "conv_frac": (0, 10),
     "decay_bits": (4, 8),
     "A_bits": (4, 12),
@@ -113,13 +114,14 @@ class MambaIntConfig:
         activation: after the convolution, on x.
         activate_BC: relu on B and C too, as Mamba-2 applies its activation.
         gate: ``hard_silu`` z*clamp(z+2,0,4)/4; ``algebraic`` (1 + z/(1+|z|))/2;
-            ``hard_sigmoid`` clamp(z + 1/2, 0, 1) without any requantization around it.
+            ``hard_sigmoid`` clamp(z + 1/2, 0, 1) at ``gate_bits`` places, no requantization around it.
         rotation: form of the rotation of B and C: dyadic cos/sin ``table``, three ``shear`` steps, ``none``.
         G_bits, G_headroom, G_limit: the products C.B get a scale at which their worst case has
             G_bits + G_headroom bits, and saturate at G_limit; typical ones are far below the worst case.
         quotient_bits: scales of y are kept coarse enough for its quotients to be proven within this many
             bits: 13 keeps them inside the lookup table of 2^14 rows.
         pooling: how a classifier reads the sequence.
+        pool_bits: scale of the pooled vector: 4 root mean squares have so many bits.
         final_norm: whether a norm precedes the head.
         arithmetic: ``integer``, or ``float`` for the twin: same shapes, no rounding, float weights.
         dt_gain: gain from the dt projection to the decay, a power of two exponent (0.25 is -2).
@@ -162,6 +164,7 @@ class MambaIntConfig:
     norm_per_octave: int = 2
     activation_bits: int = 7
     y_bits: int = 7
+    gate_bits: int = 7
     conv_frac: int = 6
     decay_bits: int = 8
     A_bits: int = 12

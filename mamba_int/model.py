@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mamba_int.config import MambaIntConfig
 from mamba_int.executor import execute_nodes
 from mamba_int.native import (
+    BIAS_LIMIT,
     MAX_FRAC,
     BC_frac_range,
     NativeNodes,
@@ -180,7 +181,7 @@ class MambaInt(nn.Module):
             return torch.cat([gate.to(device), middle.to(device), dt]), 1 << 13
         if key in ("cos", "sin", "cos_Q", "sin_Q", "lam", "gam"):
             return self._rotation(owner, key, layer), 1 << 12
-        limits = {"taps": 127, "D": 127, "table": (1 << 11) - 1, "bias": 1 << 18}
+        limits = {"taps": 127, "D": 127, "table": (1 << 11) - 1, "bias": BIAS_LIMIT}
         return self.parameter(name), limits[key]
 
     def _angles(self, layer: str, owner: str) -> Tensor:

@@ -20,6 +20,8 @@ Constants = Callable[[str, int], Any]
 
 MAX_FRAC = 12
 """Static scales have 0 to this many binary places."""
+BIAS_LIMIT = 1 << 18
+"""Largest magnitude of a bias, as an integer of its accumulator."""
 
 
 @dataclass
@@ -182,7 +184,11 @@ def _head(b: _Builder, c: MambaIntConfig, fracs: Mapping[str, int], residual: st
             "pool", "reduce", source, frac=b.frac[source], kind="sum" if c.pooling == "mean" else "last"
         )
     if pools(c):
-        source = b.requantize("pooled", source, fracs["pooled"], c.pool_bits)
+        b.result.observed["pooled"] = source
+        wide = b.shift("pooled_wide", source, fracs["pooled"])
+        # The widest limit at which the head stays within 24 bits; a proven interval below it needs no clamp.
+        limit = ((1 << 24) - BIAS_LIMIT) // (127 * c.d_model)
+        source = b.add("pooled", "clamp", wide, frac=b.frac[wide], low=-limit, high=limit, saturation=True)
     frac = b.frac[source] + c.head_frac
     held = {"weight": c.head_frac, "bias": frac}
     b.result.output = b.add("logits", "linear", source, frac=frac, constants=held)
@@ -367,7 +373,7 @@ def _gate(b: _Builder, c: MambaIntConfig, fracs: Mapping[str, int], layer: str, 
 
     if c.gate == "hard_sigmoid":
         # The offset of 1/2 is in the bias of in_proj. y * gate fits 24 bits in out_proj unshifted.
-        frac = min(b.frac[z_in], c.activation_bits)
+        frac = min(b.frac[z_in], c.gate_bits)
         gate = b.shift(at("gate_wide"), z_in, frac) if frac < b.frac[z_in] else z_in
         gate = b.add(at("gate"), "clamp", gate, frac=frac, low=0, high=1 << frac, saturation=False)
         return b.add(at("v"), "mul", y, gate, frac=b.frac[y] + frac)

@@ -10,12 +10,10 @@ from collections.abc import Callable
 import numpy as np
 
 from circuits.cells import Cells, Get, Ids, Values
-from circuits.gadgets.values import Accumulation, Claimed, Computed, Grid, Summed, Value, total_weight
+from circuits.gadgets.values import Accumulation, Claimed, Computed, Grid, Hint, Summed, Value, total_weight
 from mamba_int.graph import IntArray, TensorType
 from mamba_int.operations.base import rounding_shift
 
-Hint = Callable[[Get], Values]
-"""Computes honest values of private cells."""
 FLOAT_BITS = 126
 """Powers of two up to 2^126 are float32 constants, which is all that ONNX lets EZKL see."""
 FIELD_BITS = 250
@@ -226,11 +224,18 @@ class _Projection:
             with b.part(self.name):
                 x = self.source.over_time(weights)
                 terms = combine_columns(b, x, self.weight)
-                if self.bias.any():
-                    once = total_weight(b, weights)
-                    terms.append((np.broadcast_to(once, (len(self.weight),)), self.bias.astype(object)))
                 left, right = (np.stack(parts) for parts in zip(*terms, strict=True))
-                self._sums[key] = b.dot("kj,kj->j", left, b.constant(right))
+                sums = np.empty(len(self.weight), dtype=np.int64)
+                # Rows without a bias are spared the term, which may cost two cells.
+                biased = self.bias != 0
+                if (~biased).any():
+                    sums[~biased] = b.dot("kj,kj->j", left[:, ~biased], b.constant(right[:, ~biased]))
+                if biased.any():
+                    once = np.broadcast_to(total_weight(b, weights), (1, biased.sum()))
+                    left = np.concatenate([left[:, biased], once])
+                    right = np.concatenate([right[:, biased], self.bias[None, biased].astype(object)])
+                    sums[biased] = b.dot("kj,kj->j", left, b.constant(right))
+                self._sums[key] = sums
         return self._sums[key]
 
 

@@ -19,6 +19,9 @@ from mamba_int.operations.base import rounding_shift
 
 LETTERS = "abcdefgh"
 
+Hint = Callable[[Get], Values]
+"""Computes honest values of private cells."""
+
 
 @dataclass(frozen=True)
 class Accumulation:
@@ -269,7 +272,8 @@ class Shifted(Value):
     the table. rho = m (x - 2^s q) with m = 2^(k-s) is looked up too: its window m 2^s = 2^k is wider than
     the table, so for a given bounded integer x one q fits; since the table starts at -2^(k-1), it is the
     rounding one. Shifts beyond k - 4 split the remainder: x - 2^(a-1) = 2^s q + 2^a h + l with both h and l
-    checked against windows of exactly 2^(s-a) and 2^a.
+    checked against windows of exactly 2^(s-a) and 2^a. A q too wide for the table is two limbs as well, the
+    lower one checked against a window of exactly its size.
     """
 
     def __init__(self, source: Value, name: str, tensor: TensorType, places: int) -> None:
@@ -280,9 +284,6 @@ class Shifted(Value):
     def _quotient(self, offset: int) -> Ids:
         """q - offset as private cells, constrained but not yet looked up as itself."""
         b, k, s = self.builder, self.builder.logrows, self._places
-        low, high = self.type.low - offset, self.type.high - offset
-        if not b.fits(low, high):
-            raise CircuitTooNarrow(self.name, max(abs(low), abs(high)))
         fine = min(s, k - 4)
         coarse = s - fine
         if coarse > k - 4:
@@ -299,8 +300,11 @@ class Shifted(Value):
                 total: Values = np.einsum(accumulation.equation, get(accumulation.left), get(right))
                 return total // m
 
-        q = b.private(f"{self.name}.q", shape, low, high, lambda get: rounding_shift(exact(get), s) - offset)
-        limbs, constant = [(q, m << s)], (m << s) * offset
+        def quotient(get: Get) -> Values:
+            return rounding_shift(exact(get), s) - offset
+
+        q, limbs = self._whole_or_split(quotient, shape, offset, m << s)
+        constant = (m << s) * offset
         if coarse:
             half = 1 << (coarse - 1)
 
@@ -334,11 +338,45 @@ class Shifted(Value):
         b.check(rho)
         return q
 
+    def _whole_or_split(
+        self, quotient: Hint, shape: tuple[int, ...], offset: int, unit: int
+    ) -> tuple[Ids, list[tuple[Ids, int]]]:
+        """q as cells, and as limbs with their coefficients in the remainder's equation."""
+        b, k = self.builder, self.builder.logrows
+        low, high = self.type.low - offset, self.type.high - offset
+        if b.fits(low, high):
+            q = b.private(f"{self.name}.q", shape, low, high, quotient)
+            return q, [(q, unit)]
+        # The lower limb has a signed window of exactly 2^c, the upper one what is left.
+        c = max(-low, high).bit_length() - (k - 2)
+        if c > k - 4 or offset:
+            raise CircuitTooNarrow(self.name, max(-low, high))
+        half = 1 << (c - 1)
+        upper_low, upper_high = (low + half) >> c, (high + half) >> c
+
+        def upper(get: Get) -> Values:
+            return (quotient(get) + half) >> c
+
+        top = b.check(b.private(f"{self.name}.q1", shape, upper_low, upper_high, upper))
+
+        def lower(get: Get) -> Values:
+            return quotient(get) - (get(top) << c)
+
+        rest = b.check(b.private(f"{self.name}.q0", shape, -half, half - 1, lower))
+        b.check(b.mul(rest, b.constant([1 << (k - c)])))
+        q = b.add(b.mul(top, b.constant([1 << c])), rest)
+        return q, [(top, unit << c), (rest, unit)]
+
     def _row(self, right: Ids, value: int) -> Ids:
         return np.broadcast_to(self.builder.constant([value]), (1, *right.shape[1:]))
 
     def _emit(self) -> Ids:
-        return self.builder.check(self._quotient(0))
+        q = self._quotient(0)
+        return self.builder.check(q) if self._fits else q
+
+    @property
+    def _fits(self) -> bool:
+        return self.builder.fits(self.type.low, self.type.high)
 
     def relu(self) -> Ids:
         with self.builder.part(self.name):

@@ -70,6 +70,14 @@ def pools(config: MambaIntConfig) -> bool:
     return config.task == "classification" and (config.pooling == "mean" or not config.final_norm)
 
 
+def pools_in_last_block(config: MambaIntConfig) -> bool:
+    """Whether the sum over time is taken before the last out_proj, which is linear, instead of after it.
+
+    So the last block's output is projected and rounded once, not once a step.
+    """
+    return config.task == "classification" and config.pooling == "mean" and not config.final_norm
+
+
 def chunked(config: MambaIntConfig) -> bool:
     """Whether the scan carries a state from chunk to chunk."""
     return config.task == "language_model" or config.seq_len > config.chunk_size
@@ -172,14 +180,15 @@ def build_nodes(config: MambaIntConfig, fracs: Mapping[str, int], constants: Con
         held = {"table": c.residual_frac}
         residual = b.add("residual", "embedding", inputs, frac=c.residual_frac, constants=held)
     for i in range(c.n_layer):
-        residual = _block(b, c, fracs, f"layer{i}", residual)
+        last = i == c.n_layer - 1
+        residual = _block(b, c, fracs, f"layer{i}", residual, last and pools_in_last_block(c))
     _head(b, c, fracs, residual)
     return b.result
 
 
 def _head(b: _Builder, c: MambaIntConfig, fracs: Mapping[str, int], residual: str) -> None:
     source = b.norm("final_norm", residual, c) if c.final_norm else residual
-    if c.task == "classification":
+    if c.task == "classification" and not pools_in_last_block(c):
         source = b.add(
             "pool", "reduce", source, frac=b.frac[source], kind="sum" if c.pooling == "mean" else "last"
         )
@@ -194,7 +203,11 @@ def _head(b: _Builder, c: MambaIntConfig, fracs: Mapping[str, int], residual: st
     b.result.output = b.add("logits", "linear", source, frac=frac, constants=held)
 
 
-def _block(b: _Builder, c: MambaIntConfig, fracs: Mapping[str, int], layer: str, residual: str) -> str:
+def _block(
+    b: _Builder, c: MambaIntConfig, fracs: Mapping[str, int], layer: str, residual: str, pooled: bool
+) -> str:
+    """The nodes of one block; with ``pooled``, its result is the sum of the residual over time, ``pool``."""
+
     def at(name: str) -> str:
         return f"{layer}.{name}"
 
@@ -236,10 +249,30 @@ def _block(b: _Builder, c: MambaIntConfig, fracs: Mapping[str, int], layer: str,
     y = b.requantize(at("y"), y, fracs[at("y")], c.y_bits)
     v = _gate(b, c, fracs, layer, y, z_in)
     held = {"weight": fracs[at("out_proj")]}
+    if pooled:
+        v = _summed_over_time(b, c, layer, v)
+        out = b.add(at("out_proj"), "linear", v, frac=b.frac[v] + fracs[at("out_proj")], constants=held)
+        out = b.shift(at("out"), out, c.residual_frac)
+        total = b.add("residual_sum", "reduce", residual, frac=c.residual_frac, kind="sum")
+        return b.add("pool", "add", total, out, frac=c.residual_frac)
     out = b.add(at("out_proj"), "linear", v, frac=b.frac[v] + fracs[at("out_proj")], constants=held)
     out = b.shift(at("out"), out, c.residual_frac)
     total = b.add(at("residual_wide"), "add", residual, out, frac=c.residual_frac)
     return b.saturate(at("residual"), total, c.residual_bits)
+
+
+def _summed_over_time(b: _Builder, c: MambaIntConfig, layer: str, v: str) -> str:
+    """The sum of v over time, with as many places fewer as keep out_proj within 24 bits in the worst case."""
+    total = b.add(f"{layer}.v_sum", "reduce", v, frac=b.frac[v], kind="sum")
+    if c.gate == "hard_sigmoid":
+        largest = ((1 << c.y_bits) - 1) << b.frac[f"{layer}.gate"]
+    else:
+        largest = (1 << c.activation_bits) - 1
+    # One place of room for the rounding.
+    places = max(0, (largest * c.seq_len * c.d_inner).bit_length() - 23)
+    if not places:
+        return total
+    return b.add(f"{layer}.v_mean", "shift", total, frac=b.frac[v] - places, places=places)
 
 
 def _activation(b: _Builder, c: MambaIntConfig, fracs: Mapping[str, int], layer: str, conv: str) -> str:

@@ -276,8 +276,14 @@ class ProjectedValue(Claimed):
 
 
 def direct(source: Value, weight: IntArray, bias: IntArray | None, tensor: TensorType) -> Accumulation:
-    """x W^T + b as plain dots: K cells for every output."""
+    """x W^T + b as plain dots: K cells for every output, or fewer where ternary rows share sums."""
     b, x = source.builder, source.cells()
+    if x.ndim == 1:
+        terms = combine_columns(b, x, weight)
+        if bias is not None and bias.any():
+            terms.append((np.broadcast_to(b.constant([1]), (len(weight),)), bias.astype(object)))
+        stacked, signs = (np.stack(parts) for parts in zip(*terms, strict=True))
+        return Accumulation(stacked, lambda m: b.constant(signs * m), (0,), tensor.low, tensor.high)
     outputs, inputs = weight.shape
     left = np.broadcast_to(np.moveaxis(x, -1, 0)[..., None], (inputs, *x.shape[:-1], outputs))
     rows = weight.T.astype(object)

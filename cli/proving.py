@@ -23,6 +23,13 @@ DEVELOPMENT_NOTE = (
 )
 
 
+def circuit_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that decide, with the model, which circuit is meant."""
+    return click.option(
+        "--public-input", is_flag=True, help="Show the input in the proof instead of hiding it."
+    )(function)
+
+
 def proving_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """The options that decide which circuit and which keys are meant; the same for setup and prove."""
     options = (
@@ -31,9 +38,7 @@ def proving_options(function: Callable[..., Any]) -> Callable[..., Any]:
             type=click.Path(path_type=Path),
             help="Quantized model [default: that of the newest run].",
         ),
-        click.option(
-            "--public-input", is_flag=True, help="Show the input in the proof instead of hiding it."
-        ),
+        circuit_options,
         click.option(
             "--srs",
             "srs_path",
@@ -94,14 +99,6 @@ def statement(graph: Graph, public_input: bool) -> dict[str, Any]:
     }
 
 
-def sample_input(graph: Graph) -> IntArray:
-    """Some valid input, to try a key pair with: the smallest value everywhere."""
-    import numpy as np
-
-    low = graph.input.integer("low")
-    return np.full(graph.types[graph.input.name].shape, low, dtype=np.int64)
-
-
 def prepare(
     graph: Graph,
     public_input: bool,
@@ -115,7 +112,10 @@ def prepare(
         MambaintError: for any of the faults of lowering, the SRS and key generation.
     """
     from circuits.lowering import build_circuit
+    from circuits.sample import sample_input
     from mamba_int.errors import MambaintError
+    from zk.calibration import stored_calibration
+    from zk.estimate import Size, require_memory
     from zk.keys import make_keys
     from zk.srs import ceremony_srs, development_srs
 
@@ -125,6 +125,9 @@ def prepare(
         )
     say("building the circuit")
     lowered = build_circuit(graph, public_input)
+    calibration = stored_calibration()
+    if calibration is not None:
+        require_memory(calibration.predict(Size.of(lowered.circuit)))
     logrows = lowered.circuit.logrows
     if srs_path is not None and srs_sha256 is not None:
         srs = ceremony_srs(srs_path, srs_sha256, logrows)

@@ -35,7 +35,8 @@ class Keys:
         srs: the SRS the keys belong to.
         proof_bytes: exact length of every proof of this circuit.
         keygen_seconds: time spent making the keys; 0.0 if they were in the cache.
-        peak_bytes: largest memory of key generation, in bytes, whenever it was.
+        peak_bytes: largest memory of the process that made the keys and tried them, in bytes, whenever
+            it was.
         sizes: size in bytes of each file in ``folder``.
     """
 
@@ -143,7 +144,7 @@ def _generate(
         "version": KEYS_VERSION,
         "circuit_id": identity,
         "proof_bytes": answer["proof_bytes"],
-        "peak_bytes": answer["keygen_peak_bytes"],
+        "peak_bytes": answer["peak_bytes"],
         "sha256": {name: store.sha256_file(folder / name) for name in _HASHED},
         # The proving key may have gigabytes; if it is damaged, no proof it makes passes its own check.
         "pk_bytes": (folder / "pk.key").stat().st_size,

@@ -62,7 +62,7 @@ class Size:
         )
 
     def terms(self) -> list[float]:
-        """What the fitted quantities are linear in; the first two are the constant and the columns' length."""
+        """What the fitted quantities are linear in; the second is the length of the columns."""
         return [1.0, float(1 << self.logrows), float(self.rows), float(self.public_values), float(self.nodes)]
 
 
@@ -200,24 +200,23 @@ def available_memory() -> int | None:
     return left if free is None else min(free, left)
 
 
-def memory_shortage(prediction: Prediction) -> MambaintError | None:
-    """The fault that setup or proving would run into, if there is not enough memory now."""
+def memory_shortage(needed: int) -> MambaintError | None:
+    """The fault that a process which needs this many bytes would run into, if there is not enough memory."""
     available = available_memory()
-    if available is None or prediction.peak_bytes <= available:
+    if available is None or needed <= available:
         return None
     return MambaintError(
-        f"keys and proof need about {prediction.peak_bytes / 1e6:,.0f} MB and {available / 1e6:,.0f} MB "
-        "of memory are free",
+        f"this circuit needs about {needed / 1e6:,.0f} MB and {available / 1e6:,.0f} MB of memory are free",
         "use a smaller model, a shorter sequence or a machine with more memory, or close other programs",
     )
 
 
-def require_memory(prediction: Prediction) -> None:
+def require_memory(needed: int) -> None:
     """Refuse to begin what would end for lack of memory.
 
     Raises:
-        MambaintError: if setup or proving needs more than there is now.
+        MambaintError: if ``needed`` bytes are more than there are now.
     """
-    shortage = memory_shortage(prediction)
+    shortage = memory_shortage(needed)
     if shortage is not None:
         raise shortage

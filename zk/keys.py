@@ -80,6 +80,15 @@ def job_timeout(logrows: int) -> float:
     return max(300.0, 30 * 5.0 * 2.0 ** (logrows - 14))
 
 
+def keys_folder(circuit: Circuit, srs: Srs, cache: Path | None = None) -> Path:
+    """Where the keys of a circuit are or will be kept; its name is the circuit's id.
+
+    Raises:
+        MambaintError: if EZKL is not installed.
+    """
+    return store.cache_folder(cache) / "keys" / circuit_id(circuit, srs.sha256, installed_version())
+
+
 def make_keys(
     circuit: Circuit, sample: Witness, srs: Srs, cache: Path | None = None, timeout: float | None = None
 ) -> Keys:
@@ -104,9 +113,8 @@ def make_keys(
             f"the SRS is for 2^{srs.logrows} rows and the circuit has 2^{circuit.logrows}",
             f"give the SRS file for 2^{circuit.logrows} rows",
         )
-    ezkl_version = installed_version()
-    identity = circuit_id(circuit, srs.sha256, ezkl_version)
-    folder = store.cache_folder(cache) / "keys" / identity
+    folder = keys_folder(circuit, srs, cache)
+    identity = folder.name
     seconds = 0.0
     with store.building(folder) as fresh:
         if fresh is not None:
@@ -116,7 +124,7 @@ def make_keys(
         folder=folder,
         circuit_id=identity,
         model_id=circuit.model_id,
-        ezkl_version=ezkl_version,
+        ezkl_version=installed_version(),
         logrows=circuit.logrows,
         public=circuit.public,
         srs=srs,

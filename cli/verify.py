@@ -120,7 +120,9 @@ def command(
     else:
         verdict = verify(proof, trusted, expected)
     if as_json:
-        click.echo(json.dumps({**_as_json(verdict, trusted), "rederived": rederive is not None}))
+        click.echo(
+            json.dumps(_as_json(verdict, trusted) | ({"rederived": True} if rederive is not None else {}))
+        )
     else:
         lines = _lines(verdict, trusted)
         if verdict.valid and rederive is not None:

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-gpu check bench-digits clean
+.PHONY: setup demo test test-gpu check bench-digits bench-estimate clean
 
 setup: $(STAMP)
 
@@ -27,6 +27,10 @@ test-gpu: setup
 # Ten minutes: three seeds of two presets with their float twins, then the demo model's circuit.
 bench-digits: setup
 	$(BIN)/python -m benchmarks.digits
+
+# Five minutes on a quiet machine: the cost model against a dozen circuits that it was not fitted to.
+bench-estimate: setup
+	$(BIN)/python -m benchmarks.estimate
 
 check: setup
 	$(BIN)/ruff check .

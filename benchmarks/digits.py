@@ -5,15 +5,15 @@ Run ``make bench-digits``; results go to ``benchmarks/results/digits.json`` with
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from benchmarks.hardware import hardware
 
 RESULT = Path(__file__).parent / "results" / "digits.json"
 SEEDS = (0, 1, 2)
@@ -28,29 +28,6 @@ def mambaint(*arguments: str) -> dict[str, Any]:
         raise SystemExit(f"{' '.join(command)}: {done.stderr}")
     result: dict[str, Any] = json.loads(done.stdout)
     return result
-
-
-def hardware() -> dict[str, Any]:
-    """What the numbers were measured on and with."""
-    packages = ("torch", "numpy", "ezkl", "onnx", "onnxruntime")
-    model = next(
-        (
-            line.split(":", 1)[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if "model name" in line
-        ),
-        platform.processor(),
-    )
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-    ).stdout.strip()
-    return {
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
-        "commit": commit,
-    }
 
 
 def mean(values: list[float]) -> float:

@@ -23,6 +23,13 @@ DEVELOPMENT_NOTE = (
 )
 
 
+def circuit_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that decide, with the model, which circuit is meant."""
+    return click.option(
+        "--public-input", is_flag=True, help="Show the input in the proof instead of hiding it."
+    )(function)
+
+
 def proving_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """The options that decide which circuit and which keys are meant; the same for setup and prove."""
     options = (
@@ -31,9 +38,7 @@ def proving_options(function: Callable[..., Any]) -> Callable[..., Any]:
             type=click.Path(path_type=Path),
             help="Quantized model [default: that of the newest run].",
         ),
-        click.option(
-            "--public-input", is_flag=True, help="Show the input in the proof instead of hiding it."
-        ),
+        circuit_options,
         click.option(
             "--srs",
             "srs_path",
@@ -94,14 +99,6 @@ def statement(graph: Graph, public_input: bool) -> dict[str, Any]:
     }
 
 
-def sample_input(graph: Graph) -> IntArray:
-    """Some valid input, to try a key pair with: the smallest value everywhere."""
-    import numpy as np
-
-    low = graph.input.integer("low")
-    return np.full(graph.types[graph.input.name].shape, low, dtype=np.int64)
-
-
 def prepare(
     graph: Graph,
     public_input: bool,
@@ -112,11 +109,15 @@ def prepare(
     """Build the circuit of a model, and get its keys: from the cache, or made now.
 
     Raises:
-        MambaintError: for any of the faults of lowering, the SRS and key generation.
+        MambaintError: for any of the faults of lowering, the SRS and key generation; before anything is
+            made if this machine was measured (see zk.calibration) and has too little memory.
     """
     from circuits.lowering import build_circuit
+    from circuits.sample import sample_input
     from mamba_int.errors import MambaintError
-    from zk.keys import make_keys
+    from zk.calibration import stored_calibration
+    from zk.estimate import Size, require_memory
+    from zk.keys import keys_folder, make_keys
     from zk.srs import ceremony_srs, development_srs
 
     if (srs_path is None) != (srs_sha256 is None):
@@ -125,12 +126,18 @@ def prepare(
         )
     say("building the circuit")
     lowered = build_circuit(graph, public_input)
+    calibration = stored_calibration()
+    prediction = calibration.predict(Size.of(lowered.circuit)) if calibration is not None else None
+    if prediction is not None:
+        require_memory(prediction.prove_peak_bytes)
     logrows = lowered.circuit.logrows
     if srs_path is not None and srs_sha256 is not None:
         srs = ceremony_srs(srs_path, srs_sha256, logrows)
     else:
         say(f"development SRS for 2^{logrows} rows")
         srs = development_srs(logrows)
+    if prediction is not None and not keys_folder(lowered.circuit, srs).exists():
+        require_memory(prediction.setup_peak_bytes)
     say(f"keys for {lowered.circuit.rows:,} rows (made once)")
     keys = make_keys(lowered.circuit, witness_of(graph, lowered, sample_input(graph)), srs)
     return Provable(graph, lowered, keys, keys.package(statement(graph, public_input)).encode())

@@ -69,12 +69,33 @@ def _lines(verdict: Verdict, verifier: Path) -> list[str]:
     help="Verifier package to trust.  [default: verifier.zip beside the proof]",
 )
 @click.option("--model-id", metavar="HEX", help="Refuse a proof about any other model.")
+@click.option(
+    "--rederive",
+    type=click.Path(path_type=Path),
+    metavar="MODEL",
+    help="Also derive the verifying key anew from this model, and compare.",
+)
+@click.option(
+    "--srs",
+    "srs_path",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="With --rederive: the SRS the package names  [default: the one made on this machine].",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
 @click.pass_context
 def command(
-    ctx: click.Context, proof: Path, verifier: Path | None, model_id: str | None, as_json: bool
+    ctx: click.Context,
+    proof: Path,
+    verifier: Path | None,
+    model_id: str | None,
+    rederive: Path | None,
+    srs_path: Path | None,
+    as_json: bool,
 ) -> None:
     """Check PROOF against a verifier package you trust; the model is not needed.
+
+    With --rederive the package need not be trusted to be the model's: that is checked too.
 
     Exit code 0: valid. 1: checked and invalid. 2: could not be checked.
 
@@ -82,13 +103,30 @@ def command(
     Example:
       mambaint verify proof.json --verifier verifier.zip
     """
+    from mamba_int.errors import MambaintError
     from zk.verify import verify
 
     trusted = verifier if verifier is not None else proof.parent / "verifier.zip"
-    verdict = verify(proof, trusted, model_id.lower() if model_id is not None else None)
-    if as_json:
-        click.echo(json.dumps(_as_json(verdict, trusted)))
+    expected = model_id.lower() if model_id is not None else None
+    if rederive is not None:
+        # Only now: without the model, verifying needs none of what lowers one.
+        from mamba_int.graph import Graph
+        from quantize.latest import resolve_model
+        from zk.rederive import verify_rederived
+
+        verdict = verify_rederived(proof, trusted, Graph.load(resolve_model(rederive)), expected, srs_path)
+    elif srs_path is not None:
+        raise MambaintError("--srs is for --rederive", "give the model with --rederive, or leave --srs out")
     else:
-        click.echo("\n".join(_lines(verdict, trusted)))
+        verdict = verify(proof, trusted, expected)
+    if as_json:
+        click.echo(
+            json.dumps(_as_json(verdict, trusted) | ({"rederived": True} if rederive is not None else {}))
+        )
+    else:
+        lines = _lines(verdict, trusted)
+        if verdict.valid and rederive is not None:
+            lines.append(f"  {'rederived':<12} the verifying key is that of {rederive}")
+        click.echo("\n".join(lines))
     if not verdict.valid:
         ctx.exit(1)

@@ -97,6 +97,31 @@ def confusion_plot(confusion: Sequence[Sequence[int]], classes: Sequence[str]) -
     return _png(figure)
 
 
+def rows_plot(shares: Sequence[tuple[str, str, float]]) -> bytes:
+    """Rows of the circuit by operation, the dearest on top; layers are stacked.
+
+    Args:
+        shares: layer, operation and rows of every part.
+    """
+    layers = list(dict.fromkeys(layer for layer, _, _ in shares))
+    rows: dict[str, dict[str, float]] = {}
+    for layer, operation, count in shares:
+        by_layer = rows.setdefault(operation, {})
+        by_layer[layer] = by_layer.get(layer, 0) + count
+    operations = sorted(rows, key=lambda operation: -sum(rows[operation].values()))
+    figure, axes = _draw(1.2 + 0.3 * len(operations))
+    lefts = [0.0] * len(operations)
+    for layer in layers:
+        counts = [rows[operation].get(layer, 0.0) for operation in operations]
+        axes.barh(range(len(operations)), counts, left=lefts, height=0.7, label=layer)
+        lefts = [left + count for left, count in zip(lefts, counts, strict=True)]
+    axes.set_yticks(range(len(operations)), [_literal(operation) for operation in operations], fontsize=8)
+    axes.set_ylim(len(operations) - 0.4, -0.6)
+    axes.set_xlabel(f"rows of the circuit ({sum(lefts):,.0f} in all)")
+    figure.legend(loc="outside upper right", ncols=min(8, len(layers)), frameon=False, fontsize=9)
+    return _png(figure)
+
+
 def _whole_numbers() -> Any:
     from matplotlib.ticker import MaxNLocator
 

@@ -36,7 +36,8 @@ class Keys:
         srs: the SRS the keys belong to.
         proof_bytes: exact length of every proof of this circuit.
         keygen_seconds: time spent making the keys; 0.0 if they were in the cache.
-        peak_bytes: largest memory of key generation, in bytes, whenever it was.
+        peak_bytes: largest memory of the process that made the keys and tried them, in bytes, whenever
+            it was.
         sizes: size in bytes of each file in ``folder``.
     """
 
@@ -82,6 +83,15 @@ def job_timeout(logrows: int) -> float:
     return max(300.0, 30 * 5.0 * 2.0 ** (logrows - 14))
 
 
+def keys_folder(circuit: Circuit, srs: Srs, cache: Path | None = None) -> Path:
+    """Where the keys of a circuit are or will be kept; its name is the circuit's id.
+
+    Raises:
+        MambaintError: if EZKL is not installed.
+    """
+    return store.cache_folder(cache) / "keys" / circuit_id(circuit, srs.sha256, installed_version())
+
+
 def make_keys(
     circuit: Circuit, sample: Witness, srs: Srs, cache: Path | None = None, timeout: float | None = None
 ) -> Keys:
@@ -106,9 +116,8 @@ def make_keys(
             f"the SRS is for 2^{srs.logrows} rows and the circuit has 2^{circuit.logrows}",
             f"give the SRS file for 2^{circuit.logrows} rows",
         )
-    ezkl_version = installed_version()
-    identity = circuit_id(circuit, srs.sha256, ezkl_version)
-    folder = store.cache_folder(cache) / "keys" / identity
+    folder = keys_folder(circuit, srs, cache)
+    identity = folder.name
     seconds = 0.0
     with store.building(folder) as fresh:
         if fresh is not None:
@@ -118,7 +127,7 @@ def make_keys(
         folder=folder,
         circuit_id=identity,
         model_id=circuit.model_id,
-        ezkl_version=ezkl_version,
+        ezkl_version=installed_version(),
         logrows=circuit.logrows,
         public=circuit.public,
         committed=committed_inputs(circuit),
@@ -147,7 +156,7 @@ def _generate(
         "version": KEYS_VERSION,
         "circuit_id": identity,
         "proof_bytes": answer["proof_bytes"],
-        "peak_bytes": answer["keygen_peak_bytes"],
+        "peak_bytes": answer["peak_bytes"],
         "sha256": {name: store.sha256_file(folder / name) for name in _HASHED},
         # The proving key may have gigabytes; if it is damaged, no proof it makes passes its own check.
         "pk_bytes": (folder / "pk.key").stat().st_size,

@@ -76,6 +76,23 @@ def development_srs(logrows: int, cache: Path | None = None, timeout: float = 36
     return Srs(path, "development", digest, logrows)
 
 
+def find_development_srs(sha256: str, logrows: int, cache: Path | None = None) -> Srs:
+    """The development SRS with this hash, if it is the one of this cache; none is made.
+
+    Raises:
+        MambaintError: if this cache has none for 2^logrows rows, or another.
+    """
+    remedy = "do this on the machine that made the SRS, or give the SRS file with --srs"
+    if not (store.cache_folder(cache) / "srs" / f"development-{logrows}").exists():
+        raise MambaintError(f"this machine has no development SRS for 2^{logrows} rows", remedy)
+    srs = development_srs(logrows, cache)
+    if srs.sha256 != sha256:
+        raise MambaintError(
+            f"this machine's development SRS has SHA-256 {srs.sha256}, not the package's {sha256}", remedy
+        )
+    return srs
+
+
 def ceremony_srs(path: Path, sha256: str, logrows: int) -> Srs:
     """An SRS file from a public ceremony, in halo2's raw format and exactly for 2^logrows rows.
 

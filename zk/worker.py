@@ -101,11 +101,10 @@ def setup(job: dict[str, Any], scratch: Path) -> dict[str, Any]:
         rows=circuit["rows"],
     )
     ezkl_calls.setup(folder / "model.ezkl", folder / "vk.key", folder / "pk.key", srs)
-    seconds, peak = time.perf_counter() - started, _peak_bytes()
+    seconds = time.perf_counter() - started
     sample = _prove(job["sample"], circuit, folder, srs, scratch)
     return {
         "keygen_seconds": seconds,
-        "keygen_peak_bytes": peak,
         "proof_bytes": len(sample["proof"]) // 2,
     }
 

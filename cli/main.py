@@ -21,6 +21,7 @@ COMMANDS = {
     "setup": "cli.setup",
     "prove": "cli.prove",
     "verify": "cli.verify",
+    "open": "cli.open",
     "demo": "cli.demo",
 }
 

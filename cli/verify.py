@@ -27,6 +27,7 @@ def _as_json(verdict: Verdict, verifier: Path) -> dict[str, Any]:
         "circuit_id": verdict.circuit_id,
         "outputs": verdict.public.get("logits", []),
         "public": verdict.public,
+        "commitments": verdict.commitments,
         "verify_seconds": round(verdict.verify_seconds, 4),
         "srs": verdict.srs_kind,
         "verifier": {"path": str(verifier), "sha256": verdict.package_sha256},
@@ -51,6 +52,7 @@ def _lines(verdict: Verdict, verifier: Path) -> list[str]:
         predicted = _predicted(verdict)
         if predicted is not None:
             lines.append(f"  {'predicted':<12} {json.dumps(predicted)}")
+        lines += [f"  {'commitment':<12} {point}" for point in verdict.commitments.values()]
     lines.append(f"  {'model':<12} {verdict.model_id}")
     lines.append(f"  {'trusted':<12} {verifier} (sha256 {verdict.package_sha256})")
     if verdict.srs_kind == "development":
@@ -69,10 +71,28 @@ def _lines(verdict: Verdict, verifier: Path) -> list[str]:
     help="Verifier package to trust.  [default: verifier.zip beside the proof]",
 )
 @click.option("--model-id", metavar="HEX", help="Refuse a proof about any other model.")
+@click.option(
+    "--same-input",
+    type=click.Path(path_type=Path),
+    metavar="OTHER.json",
+    help="Verify this proof too, and that both commit to the same input (prove --commit-input). Needs the "
+    "same SRS and the same number of rows (--logrows) in both.",
+)
+@click.option(
+    "--other-verifier",
+    type=click.Path(path_type=Path),
+    help="Verifier package to trust for OTHER.  [default: verifier.zip beside it]",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
 @click.pass_context
 def command(
-    ctx: click.Context, proof: Path, verifier: Path | None, model_id: str | None, as_json: bool
+    ctx: click.Context,
+    proof: Path,
+    verifier: Path | None,
+    model_id: str | None,
+    same_input: Path | None,
+    other_verifier: Path | None,
+    as_json: bool,
 ) -> None:
     """Check PROOF against a verifier package you trust; the model is not needed.
 
@@ -81,14 +101,27 @@ def command(
     \b
     Example:
       mambaint verify proof.json --verifier verifier.zip
+      mambaint verify a/proof.json --same-input b/proof.json
     """
+    from mamba_int.errors import MambaintError
+    from zk.commitment import verify_same_input
     from zk.verify import verify
 
     trusted = verifier if verifier is not None else proof.parent / "verifier.zip"
-    verdict = verify(proof, trusted, model_id.lower() if model_id is not None else None)
-    if as_json:
-        click.echo(json.dumps(_as_json(verdict, trusted)))
+    wanted = model_id.lower() if model_id is not None else None
+    if same_input is None:
+        if other_verifier is not None:
+            raise MambaintError("--other-verifier belongs to --same-input", "give the other proof as well")
+        verdict = verify(proof, trusted, wanted)
+        result, lines = _as_json(verdict, trusted), _lines(verdict, trusted)
     else:
-        click.echo("\n".join(_lines(verdict, trusted)))
+        other_trusted = other_verifier if other_verifier is not None else same_input.parent / "verifier.zip"
+        verdict, other = verify_same_input(proof, trusted, same_input, other_trusted, wanted)
+        result, lines = _as_json(verdict, trusted), _lines(verdict, trusted)
+        result["other"] = {"proof": str(same_input), **_as_json(other, other_trusted)}
+        lines += ["", f"{same_input}:", *_lines(other, other_trusted)]
+        if verdict.valid:
+            lines[0] += f", and the input is that of {same_input}"
+    click.echo(json.dumps(result) if as_json else "\n".join(lines))
     if not verdict.valid:
         ctx.exit(1)

@@ -76,6 +76,25 @@ def development_srs(logrows: int, cache: Path | None = None, timeout: float = 36
     return Srs(path, "development", digest, logrows)
 
 
+def find_srs(sha256: str, logrows: int, path: Path | None = None, cache: Path | None = None) -> Path:
+    """The full SRS file that a verifier package names: ``path``, or the cache's; none is made.
+
+    Raises:
+        MambaintError: if it is not there, or another one.
+    """
+    found = path or store.cache_folder(cache) / "srs" / f"development-{logrows}" / "srs"
+    remedy = "give with --srs the SRS file that the proof was made with"
+    if path is None and not found.exists():
+        raise MambaintError(
+            f"the SRS for 2^{logrows} rows with SHA-256 {sha256} is needed and is not in the cache", remedy
+        )
+    _check_shape(found, logrows, remedy)
+    digest = store.sha256_file(found)
+    if digest != sha256:
+        raise MambaintError(f"the SRS {found} has SHA-256 {digest}, not the package's {sha256}", remedy)
+    return found
+
+
 def ceremony_srs(path: Path, sha256: str, logrows: int) -> Srs:
     """An SRS file from a public ceremony, in halo2's raw format and exactly for 2^logrows rows.
 

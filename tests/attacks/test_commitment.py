@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -12,19 +13,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
+from onnx import numpy_helper
 
 from circuits.lowering import COMMITTED_INPUT, MODEL_INPUT, build_circuit
 from cli.proving import statement
 from mamba_int.graph import Graph
-from tests.attacks.command import run_command
+from tests.attacks.command import accepted, run_command
+from tests.attacks.test_siblings import prove_under_foreign_keys
 from tests.circuits.conftest import chain, node
 from zk.challenge import POINT_BYTES
 from zk.field import PRIME
+from zk.jobs import stated_values
 from zk.keys import make_keys
 from zk.opening import Opening
 from zk.package import read_package
-from zk.proof import decode_proof
+from zk.proof import Proof, decode_proof
 from zk.prove import prove
 from zk.srs import development_srs
 
@@ -195,6 +200,49 @@ def test_one_bit_of_the_commitment(first: Made, second: Made, byte: int, tmp_pat
     segment[byte] ^= 1
     Path(changed.proof).write_bytes(dataclasses.replace(proof, segments=(bytes(segment),)).encode())
     assert_not_same(first, changed, "does not verify")
+
+
+@pytest.mark.parametrize("challenged", [False, True])
+@pytest.mark.parametrize("places", [list(range(12))[::-1], [1, 0, *range(2, 12)], [12, *range(1, 12)]])
+def test_circuit_that_reads_the_committed_values_elsewhere(
+    places: list[int], challenged: bool, cache: Path, tmp_path: Path
+) -> None:
+    # All cells are those of an honest proof about X; only the commitment is to other values.
+    graph = model(0)
+    lowered = build_circuit(graph, logrows=LOGROWS, challenged=challenged, commit_input=True)
+    honest = lowered.witness(np.array(X).reshape(3, 4))
+    honest = dataclasses.replace(honest, salts={COMMITTED_INPUT: [X[0], *SALTS[1:]]})
+    onnx_model = onnx.ModelProto.FromString(lowered.circuit.onnx)
+    (read,) = (n for n in onnx_model.graph.node if n.op_type == "Gather" and n.input[0] == COMMITTED_INPUT)
+    (order,) = (i for i in onnx_model.graph.initializer if i.name == read.input[1])
+    order.CopyFrom(numpy_helper.from_array(np.array(places), order.name))
+    sibling = dataclasses.replace(lowered.circuit, onnx=onnx_model.SerializeToString())
+    committed = [X[0] + 1, *X[1:]]
+    for value, place in zip(X, places, strict=True):
+        if place < len(X):
+            committed[place] = value
+    lied = dataclasses.replace(honest, private={**honest.private, MODEL_INPUT: committed})
+    keys = make_keys(lowered.circuit, honest, development_srs(LOGROWS, cache), cache)
+    package = keys.package({}).encode()
+    try:
+        forged = prove_under_foreign_keys(sibling, lied, keys, tmp_path / "sibling")
+        own = prove_under_foreign_keys(lowered.circuit, honest, keys, tmp_path / "own")
+    finally:
+        shutil.rmtree(keys.folder)
+    verdicts = [
+        accepted(
+            Proof(
+                model_id=graph.model_id,
+                circuit_id=keys.circuit_id,
+                verifier_package=hashlib.sha256(package).hexdigest(),
+                public=stated_values(lowered.circuit, honest),
+                segments=(segment,),
+            ).encode(),
+            package,
+        )
+        for segment in (own, forged)
+    ]
+    assert verdicts == [True, False]
 
 
 def test_proof_without_commitment(make: Maker, first: Made) -> None:

@@ -56,6 +56,7 @@ def command(
       mambaint open proof.json --input x.json --opening proof.opening.json
     """
     from cli.proving import input_graph
+    from cli.verify import DEVELOPMENT_LINE
     from quantize.input_file import read_input
     from zk.commitment import check_opening
     from zk.opening import read_opening
@@ -75,6 +76,7 @@ def command(
             "public": verdict.public,
             "commitments": verdict.commitments,
             "input": str(input_path),
+            "srs": verdict.srs_kind,
             "verifier": {"path": str(trusted), "sha256": digest},
         }
         if not verdict.valid:
@@ -87,5 +89,7 @@ def command(
         click.echo(
             f"{head}\n  {'model':<12} {verdict.model_id}\n  {'trusted':<12} {trusted} (sha256 {digest})"
         )
+        if verdict.srs_kind == "development":
+            click.echo(DEVELOPMENT_LINE)
     if not verdict.valid:
         ctx.exit(1)

@@ -141,8 +141,13 @@ def command(
             srs_sha256=package.srs_sha256,
             proofs=proofs,
         ).write(kept)
-    write_bytes(verifier, ready.package)
-    write_bytes(out, proof.file)
+    try:
+        write_bytes(verifier, ready.package)
+        write_bytes(out, proof.file)
+    except MambaintError:
+        if commit_input and earlier is None:
+            kept.unlink(missing_ok=True)
+        raise
 
     circuit, keys = ready.lowered.circuit, ready.keys
     outputs = witness.public["logits"]

@@ -11,6 +11,11 @@ import click
 if TYPE_CHECKING:
     from zk.verify import Verdict
 
+DEVELOPMENT_LINE = (
+    "  note: development SRS. Whoever generated it could forge proofs; "
+    "use a ceremony SRS for anything that matters."
+)
+
 
 def _predicted(verdict: Verdict) -> str | None:
     """Name of the largest logit's class, if the package names the classes."""
@@ -56,10 +61,7 @@ def _lines(verdict: Verdict, verifier: Path) -> list[str]:
     lines.append(f"  {'model':<12} {verdict.model_id}")
     lines.append(f"  {'trusted':<12} {verifier} (sha256 {verdict.package_sha256})")
     if verdict.srs_kind == "development":
-        lines.append(
-            "  note: development SRS. Whoever generated it could forge proofs; "
-            "use a ceremony SRS for anything that matters."
-        )
+        lines.append(DEVELOPMENT_LINE)
     return lines
 
 

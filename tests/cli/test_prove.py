@@ -244,6 +244,9 @@ def test_unwritable_place_for_the_proof_is_one_line(folder: Path, cli: Cli) -> N
     (folder / "file").write_text("")
     code, _, err = cli("prove", "--input", "x.json", "--model", "model.mint", "--out", "file/proof.json")
     assert code == 2 and err.count("\n") == 1 and "cannot write" in err
+    code, _, err = cli(*COMMIT, "model.mint", "--out", "file/proof.json", "--opening", "secret")
+    assert code == 2 and err.count("\n") == 1 and "cannot write" in err
+    assert not (folder / "secret").exists()
 
 
 def test_help_loads_no_heavy_library() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 
@@ -36,12 +37,21 @@ class PublicTensor:
         return size
 
 
+SMALLEST_LOGROWS = 8
+LARGEST_LOGROWS = 20
+COMMITTED_INPUT = "input"
+"""ONNX input that holds the model input alone, where a proof commits to it."""
 SALTS = 8
 """Random field elements behind the values of a committed input.
 
 A proof shows the commitment of a committed input and its value at one random point: two linear equations in
 the values. With fewer salts than equations, a guessed input could be confirmed; eight leave room.
 """
+
+
+def committed_values(values: Sequence[int], salts: Sequence[int]) -> list[int]:
+    """What a committed model input holds: its values, a spare 0 that makes their number even, the salts."""
+    return [*values, *[0] * (len(values) % 2), *salts]
 
 
 @dataclass(frozen=True)

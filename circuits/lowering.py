@@ -12,7 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from circuits.cells import CHALLENGE, Cells, CircuitTooNarrow, Ids, Values
-from circuits.circuit import SALTS, Circuit, InputTensor, PublicTensor, Witness
+from circuits.circuit import (
+    COMMITTED_INPUT,
+    LARGEST_LOGROWS,
+    SALTS,
+    SMALLEST_LOGROWS,
+    Circuit,
+    InputTensor,
+    PublicTensor,
+    Witness,
+)
 from circuits.constraint_onnx import write_onnx
 from circuits.gadgets.choice import compare, pointer, select, table
 from circuits.gadgets.conv import conv
@@ -38,14 +47,10 @@ MARGIN_ROWS = 12
 """Rows EZKL needs beyond those of the circuit."""
 MODEL_INPUT = "model_input"
 """Name of the private tensor that holds the model input; shown in public, it is the output ``input``."""
-COMMITTED_INPUT = "input"
-"""ONNX input that holds the model input alone, where a proof commits to it."""
 COLUMN_MARGIN = 64
 """Rows of a column that a committed input cannot fill."""
 FORCED = {"claims", "anchor"}
 """Outputs that are 0 in every valid proof."""
-SMALLEST_LOGROWS = 8
-LARGEST_LOGROWS = 20
 
 
 class _Relu(Value):
@@ -422,5 +427,5 @@ def build_circuit(
             smallest[form] = (rows * 9 // 10 - 1).bit_length()
     raise MambaintError(
         f"the circuit does not fit 2^{logrows or LARGEST_LOGROWS} rows: {reason}",
-        "prove a shorter sequence or a smaller model",
+        f"prove a shorter sequence or a smaller model{', or use more rows' if logrows else ''}",
     )

@@ -1,7 +1,7 @@
 """The ``mambaint`` command: finds the subcommand, loads only its module, and turns faults into one line.
 
 Exit codes: 0 success; 2 bad usage, bad input or anything that could not be done.
-``mambaint verify`` alone uses 1: the proof was checked and is invalid.
+``mambaint verify`` and ``open`` alone use 1: the proof was checked and does not show what it should.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ COMMANDS = {
     "setup": "cli.setup",
     "prove": "cli.prove",
     "verify": "cli.verify",
+    "open": "cli.open",
     "demo": "cli.demo",
 }
 

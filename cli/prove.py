@@ -4,10 +4,30 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from cli.proving import DEVELOPMENT_NOTE, activity, proving_options
+
+if TYPE_CHECKING:
+    from zk.opening import Opening
+
+
+def _earlier_opening(commit_input: bool, opening: Path | None, reuse_opening: Path | None) -> Opening | None:
+    """The opening to reuse, if one is given; all three options are those of the command."""
+    from mamba_int.errors import MambaintError
+    from zk.opening import read_opening
+
+    if not commit_input and (opening or reuse_opening):
+        raise MambaintError(
+            "--opening and --reuse-opening belong to --commit-input", "give --commit-input as well"
+        )
+    if opening and reuse_opening:
+        raise MambaintError(
+            "with --reuse-opening that file stays the opening of both proofs", "leave out --opening"
+        )
+    return read_opening(reuse_opening) if reuse_opening else None
 
 
 @click.command(name="prove")
@@ -27,14 +47,32 @@ from cli.proving import DEVELOPMENT_NOTE, activity, proving_options
     show_default=True,
     help="The proof file; verifier.zip is written beside it.",
 )
+@click.option(
+    "--opening",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Where --commit-input writes the opening: secret salts, which open the commitment. "
+    "[default: beside the proof, .opening.json]",
+)
+@click.option(
+    "--reuse-opening",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Commit with the salts of an earlier proof of the same input, so that both proofs show the same "
+    "commitment. Needs the same SRS and the same number of rows (--logrows).",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
 def command(
     input_path: Path,
     model: Path | None,
     public_input: bool,
+    commit_input: bool,
+    logrows: int | None,
     srs_path: Path | None,
     srs_sha256: str | None,
     out: Path,
+    opening: Path | None,
+    reuse_opening: Path | None,
     as_json: bool,
 ) -> None:
     """Prove that a model gives its answer on an input, which stays private unless --public-input.
@@ -46,24 +84,70 @@ def command(
     Example:
       mambaint prove --input x.json --out proof.json
       mambaint verify proof.json
+      mambaint prove --input x.json --commit-input --logrows 14 --out a/proof.json
+      mambaint prove --input x.json --commit-input --logrows 14 --out b/proof.json \\
+        --model other.mint --reuse-opening a/proof.opening.json
     """
+    from dataclasses import replace
+
+    from circuits.circuit import COMMITTED_INPUT
     from cli.proving import prepare, witness_of
+    from mamba_int.errors import MambaintError
     from mamba_int.files import write_bytes
     from mamba_int.graph import Graph
     from quantize.input_file import read_input
     from quantize.latest import resolve_model
+    from zk.jobs import draw_salts
+    from zk.opening import Opening
+    from zk.package import decode_package
     from zk.prove import prove
 
+    earlier = _earlier_opening(commit_input, opening, reuse_opening)
+    kept = reuse_opening or opening or out.with_name(f"{out.stem}.opening.json")
+    if commit_input and earlier is None and kept.exists():
+        raise MambaintError(
+            f"{kept} exists already, and the commitment it opens could not be opened without it",
+            "move it away, choose another --opening, or give it as --reuse-opening",
+        )
     graph = Graph.load(resolve_model(model))
     inputs = read_input(input_path, graph)
     with activity(as_json) as say:
-        ready = prepare(graph, public_input, srs_path, srs_sha256, say)
+        ready = prepare(graph, public_input, commit_input, logrows, srs_path, srs_sha256, say)
+        package = decode_package(ready.package, "made here")
+        if earlier is not None:
+            earlier.check_reusable(package)
         say("proving")
         witness = witness_of(graph, ready.lowered, inputs)
+        salts = list(earlier.salts) if earlier is not None else draw_salts()
+        if commit_input:
+            witness = replace(witness, salts={COMMITTED_INPUT: salts})
         proof = prove(ready.lowered.circuit, witness, ready.keys, ready.package)
     verifier = out.parent / "verifier.zip"
-    write_bytes(verifier, ready.package)
-    write_bytes(out, proof.file)
+    if commit_input:
+        commitment = proof.commitments[COMMITTED_INPUT]
+        if earlier is not None and commitment != earlier.commitment:
+            # Two commitments with the same salts would show the difference of the two inputs.
+            raise MambaintError(
+                f"the input is not the one that {kept} opens, so the proof was discarded",
+                "give the same input as for the earlier proof, or prove without --reuse-opening",
+            )
+        proofs = 1 if earlier is None else earlier.proofs + 1
+        # First of all files: a proof that was seen without its use being counted could be one too many.
+        Opening(
+            salts=tuple(salts),
+            commitment=commitment,
+            logrows=package.logrows,
+            size=package.committed[0][1],
+            srs_sha256=package.srs_sha256,
+            proofs=proofs,
+        ).write(kept)
+    try:
+        write_bytes(verifier, ready.package)
+        write_bytes(out, proof.file)
+    except MambaintError:
+        if commit_input and earlier is None:
+            kept.unlink(missing_ok=True)
+        raise
 
     circuit, keys = ready.lowered.circuit, ready.keys
     outputs = witness.public["logits"]
@@ -82,6 +166,8 @@ def command(
         "outputs": outputs,
         "predicted": predicted,
         "input_is_public": public_input,
+        "commitments": proof.commitments,
+        "opening": str(kept) if commit_input else None,
         "srs": keys.srs.kind,
         "proof": str(out),
         "verifier": str(verifier),
@@ -101,5 +187,7 @@ def command(
     click.echo(f"model     {graph.model_id}")
     click.echo(f"proof     {out} ({proof.proof_bytes:,} bytes of proof)")
     click.echo(f"verifier  {verifier}")
+    if commit_input:
+        click.echo(f"opening   {kept} (secret: it opens the commitment to the input)")
     if keys.srs.kind == "development":
         click.echo(DEVELOPMENT_NOTE)

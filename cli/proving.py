@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from circuits.circuit import LARGEST_LOGROWS, SMALLEST_LOGROWS
+
 if TYPE_CHECKING:
     from circuits.circuit import Witness
     from circuits.lowering import LoweredCircuit
@@ -39,6 +41,18 @@ def proving_options(function: Callable[..., Any]) -> Callable[..., Any]:
             help="Quantized model [default: that of the newest run].",
         ),
         circuit_options,
+        click.option(
+            "--commit-input",
+            is_flag=True,
+            help="Commit to the hidden input, so that proofs can be shown to share it.",
+        ),
+        click.option(
+            "--logrows",
+            type=click.IntRange(SMALLEST_LOGROWS, LARGEST_LOGROWS),
+            metavar="K",
+            help="Make a circuit of 2^K rows. Commitments of two circuits can only be compared if both have "
+            "the same number of rows and the same SRS. [default: the fewest that hold the circuit]",
+        ),
         click.option(
             "--srs",
             "srs_path",
@@ -85,28 +99,58 @@ class Provable:
     package: bytes
 
 
-def statement(graph: Graph, public_input: bool) -> dict[str, Any]:
+def statement(graph: Graph, public_input: bool, commit_input: bool) -> dict[str, Any]:
     """What a proof of this circuit states, in words and names, for the verifier package."""
     card = graph.card
+    described = card.get("input")
+    scaling = {
+        key: described[key]
+        for key in ("feature_offset", "feature_scale")
+        if isinstance(described, dict) and key in described
+    }
     return {
         "task": card.get("task", ""),
         "classes": card.get("classes", []),
         "dataset": card.get("dataset", ""),
         "seq_len": graph.seq_len,
-        "input": {key: graph.input.integer(key) for key in ("low", "high", "features")},
+        "input": {key: graph.input.integer(key) for key in ("low", "high", "features")} | scaling,
         "input_is_public": public_input,
+        "input_is_committed": commit_input,
         "logits_frac": graph.by_name[graph.output].frac,
     }
+
+
+def input_graph(stated: dict[str, Any]) -> Graph:
+    """The input of the model that a :func:`statement` describes, as a graph of one node.
+
+    Raises:
+        MambaintError: if the statement describes none.
+    """
+    from mamba_int.errors import MambaintError
+    from mamba_int.graph import Graph, Node
+
+    domain, steps = stated.get("input"), stated.get("seq_len")
+    names = ("low", "high", "features")
+    if not isinstance(domain, dict) or any(type(v) is not int for v in (steps, *map(domain.get, names))):
+        raise MambaintError(
+            "the verifier package does not describe the model's input", "get the package of this mambaint"
+        )
+    node = Node("input", "input", attributes={name: domain[name] for name in names})
+    return Graph((node,), "input", int(str(steps)), {"input": domain}).verify()
 
 
 def prepare(
     graph: Graph,
     public_input: bool,
+    commit_input: bool,
+    logrows: int | None,
     srs_path: Path | None,
     srs_sha256: str | None,
     say: Callable[[str], None],
 ) -> Provable:
     """Build the circuit of a model, and get its keys: from the cache, or made now.
+
+    The arguments are those of :func:`proving_options`.
 
     Raises:
         MambaintError: for any of the faults of lowering, the SRS and key generation; before anything is
@@ -124,8 +168,12 @@ def prepare(
         raise MambaintError(
             "--srs and --srs-sha256 belong together", "give the ceremony file and the hash it is known by"
         )
+    if public_input and commit_input:
+        raise MambaintError(
+            "--public-input shows the input and --commit-input hides it", "give one of the two"
+        )
     say("building the circuit")
-    lowered = build_circuit(graph, public_input)
+    lowered = build_circuit(graph, public_input, logrows, commit_input=commit_input)
     calibration = stored_calibration()
     prediction = calibration.predict(Size.of(lowered.circuit)) if calibration is not None else None
     if prediction is not None:
@@ -140,7 +188,8 @@ def prepare(
         require_memory(prediction.setup_peak_bytes)
     say(f"keys for {lowered.circuit.rows:,} rows (made once)")
     keys = make_keys(lowered.circuit, witness_of(graph, lowered, sample_input(graph)), srs)
-    return Provable(graph, lowered, keys, keys.package(statement(graph, public_input)).encode())
+    stated = statement(graph, public_input, commit_input)
+    return Provable(graph, lowered, keys, keys.package(stated).encode())
 
 
 def witness_of(graph: Graph, lowered: LoweredCircuit, inputs: IntArray) -> Witness:

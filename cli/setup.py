@@ -23,6 +23,8 @@ from cli.proving import DEVELOPMENT_NOTE, activity, proving_options
 def command(
     model: Path | None,
     public_input: bool,
+    commit_input: bool,
+    logrows: int | None,
     srs_path: Path | None,
     srs_sha256: str | None,
     out: Path,
@@ -44,7 +46,7 @@ def command(
 
     graph = Graph.load(resolve_model(model))
     with activity(as_json) as say:
-        ready = prepare(graph, public_input, srs_path, srs_sha256, say)
+        ready = prepare(graph, public_input, commit_input, logrows, srs_path, srs_sha256, say)
     write_bytes(out, ready.package)
     circuit, keys = ready.lowered.circuit, ready.keys
     result = {

@@ -11,6 +11,11 @@ import click
 if TYPE_CHECKING:
     from zk.verify import Verdict
 
+DEVELOPMENT_LINE = (
+    "  note: development SRS. Whoever generated it could forge proofs; "
+    "use a ceremony SRS for anything that matters."
+)
+
 
 def _predicted(verdict: Verdict) -> str | None:
     """Name of the largest logit's class, if the package names the classes."""
@@ -27,6 +32,7 @@ def _as_json(verdict: Verdict, verifier: Path) -> dict[str, Any]:
         "circuit_id": verdict.circuit_id,
         "outputs": verdict.public.get("logits", []),
         "public": verdict.public,
+        "commitments": verdict.commitments,
         "verify_seconds": round(verdict.verify_seconds, 4),
         "srs": verdict.srs_kind,
         "verifier": {"path": str(verifier), "sha256": verdict.package_sha256},
@@ -51,13 +57,11 @@ def _lines(verdict: Verdict, verifier: Path) -> list[str]:
         predicted = _predicted(verdict)
         if predicted is not None:
             lines.append(f"  {'predicted':<12} {json.dumps(predicted)}")
+        lines += [f"  {'commitment':<12} {point}" for point in verdict.commitments.values()]
     lines.append(f"  {'model':<12} {verdict.model_id}")
     lines.append(f"  {'trusted':<12} {verifier} (sha256 {verdict.package_sha256})")
     if verdict.srs_kind == "development":
-        lines.append(
-            "  note: development SRS. Whoever generated it could forge proofs; "
-            "use a ceremony SRS for anything that matters."
-        )
+        lines.append(DEVELOPMENT_LINE)
     return lines
 
 
@@ -82,6 +86,18 @@ def _lines(verdict: Verdict, verifier: Path) -> list[str]:
     metavar="FILE",
     help="With --rederive: the SRS the package names  [default: the one made on this machine].",
 )
+@click.option(
+    "--same-input",
+    type=click.Path(path_type=Path),
+    metavar="OTHER.json",
+    help="Verify this proof too, and that both commit to the same input (prove --commit-input). Needs the "
+    "same SRS and the same number of rows (--logrows) in both.",
+)
+@click.option(
+    "--other-verifier",
+    type=click.Path(path_type=Path),
+    help="Verifier package to trust for OTHER.  [default: verifier.zip beside it]",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
 @click.pass_context
 def command(
@@ -91,6 +107,8 @@ def command(
     model_id: str | None,
     rederive: Path | None,
     srs_path: Path | None,
+    same_input: Path | None,
+    other_verifier: Path | None,
     as_json: bool,
 ) -> None:
     """Check PROOF against a verifier package you trust; the model is not needed.
@@ -102,31 +120,41 @@ def command(
     \b
     Example:
       mambaint verify proof.json --verifier verifier.zip
+      mambaint verify a/proof.json --same-input b/proof.json
     """
     from mamba_int.errors import MambaintError
     from zk.verify import verify
 
     trusted = verifier if verifier is not None else proof.parent / "verifier.zip"
     expected = model_id.lower() if model_id is not None else None
-    if rederive is not None:
+    if srs_path is not None and rederive is None:
+        raise MambaintError("--srs is for --rederive", "give the model with --rederive, or leave --srs out")
+    if other_verifier is not None and same_input is None:
+        raise MambaintError("--other-verifier belongs to --same-input", "give the other proof as well")
+    if rederive is None:
+        verdict = verify(proof, trusted, expected)
+    else:
         # Only now: without the model, verifying needs none of what lowers one.
         from mamba_int.graph import Graph
         from quantize.latest import resolve_model
         from zk.rederive import verify_rederived
 
         verdict = verify_rederived(proof, trusted, Graph.load(resolve_model(rederive)), expected, srs_path)
-    elif srs_path is not None:
-        raise MambaintError("--srs is for --rederive", "give the model with --rederive, or leave --srs out")
-    else:
-        verdict = verify(proof, trusted, expected)
-    if as_json:
-        click.echo(
-            json.dumps(_as_json(verdict, trusted) | ({"rederived": True} if rederive is not None else {}))
-        )
-    else:
-        lines = _lines(verdict, trusted)
-        if verdict.valid and rederive is not None:
-            lines.append(f"  {'rederived':<12} the verifying key is that of {rederive}")
-        click.echo("\n".join(lines))
+    other = None
+    if same_input is not None and verdict.valid:
+        from zk.commitment import verify_same_input
+
+        other_trusted = other_verifier if other_verifier is not None else same_input.parent / "verifier.zip"
+        verdict, other = verify_same_input(proof, trusted, same_input, other_trusted, expected)
+    result, lines = _as_json(verdict, trusted), _lines(verdict, trusted)
+    if verdict.valid and rederive is not None:
+        result["rederived"] = True
+        lines.append(f"  {'rederived':<12} the verifying key is that of {rederive}")
+    if other is not None:
+        result["other"] = {"proof": str(same_input), **_as_json(other, other_trusted)}
+        lines += ["", f"{same_input}:", *_lines(other, other_trusted)]
+        if verdict.valid:
+            lines[0] += f", and the input is that of {same_input}"
+    click.echo(json.dumps(result) if as_json else "\n".join(lines))
     if not verdict.valid:
         ctx.exit(1)

@@ -15,11 +15,15 @@ from mamba_int.errors import MambaintError
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, mode: int = 0o644) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; rename it onto ``path`` if the block succeeds.
 
     The parent folder is made. On any failure (full disk, interruption, error in the block)
     the temporary file is removed and an existing ``path`` is left as it was.
+
+    Args:
+        path: the file.
+        mode: its permissions; nobody else can read it before it has them.
 
     Raises:
         MambaintError: if the folder cannot be made or written, or the disk is full.
@@ -33,7 +37,7 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
-        temporary.chmod(0o644)
+        temporary.chmod(mode)
         temporary.replace(path)
     except OSError as error:
         raise MambaintError(
@@ -45,15 +49,15 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def write_bytes(path: Path, content: bytes) -> None:
+def write_bytes(path: Path, content: bytes, mode: int = 0o644) -> None:
     """Write ``content`` to ``path`` atomically."""
-    with replacing(path) as temporary:
+    with replacing(path, mode) as temporary:
         temporary.write_bytes(content)
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, mode: int = 0o644) -> None:
     """Write ``value`` to ``path`` atomically as indented JSON with a final newline."""
-    write_bytes(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+    write_bytes(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode(), mode)
 
 
 def canonical_json(value: Any) -> bytes:

@@ -17,6 +17,7 @@ import numpy as np
 
 from circuits.circuit import Circuit
 from mamba_int.errors import MambaintError
+from zk.jobs import committed_inputs
 
 COMMITTED_BYTES = 128
 """Proof bytes of one committed input column: its commitment, its evaluation, one of its permutation."""

@@ -54,10 +54,15 @@ def _fault(reason: str) -> MambaintError:
     )
 
 
+def draw_salts() -> list[int]:
+    """Fresh salts for one committed input."""
+    return [secrets.randbelow(field.PRIME) for _ in range(SALTS)]
+
+
 def _salts(group: InputTensor, witness: Witness) -> list[int]:
     if not group.committed:
         return []
-    salts = witness.salts.get(group.name) or [secrets.randbelow(field.PRIME) for _ in range(SALTS)]
+    salts = witness.salts.get(group.name) or draw_salts()
     if len(salts) != SALTS:
         raise _fault(f"{group.name} has {len(salts)} salts and must have {SALTS}")
     return salts

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from circuits.circuit import PublicTensor
+from circuits.circuit import COMMITTED_INPUT, PublicTensor
 from mamba_int.errors import MambaintError
 from mamba_int.files import canonical_json, parse_json
 from zk.challenge import POINT_BYTES
@@ -104,6 +104,11 @@ class Package:
                     "shorten the statement or choose a smaller circuit",
                 )
         return _encode_zip(content)
+
+    @property
+    def commits_to_input(self) -> bool:
+        """Whether a proof begins with a commitment to the model input alone."""
+        return bool(self.committed) and self.committed[0][0] == COMMITTED_INPUT
 
     @property
     def proof_file_bytes(self) -> int:

@@ -22,6 +22,7 @@ class ProofResult:
 
     Attributes:
         file: the bytes of ``proof.json``.
+        commitments: as in :class:`zk.verify.Verdict`.
         proof_bytes: length of the proof itself.
         witness_seconds: time for EZKL's witness.
         prove_seconds: time for the proof.
@@ -29,6 +30,7 @@ class ProofResult:
     """
 
     file: bytes
+    commitments: dict[str, str]
     proof_bytes: int
     witness_seconds: float
     prove_seconds: float
@@ -81,6 +83,7 @@ def prove(
         )
     return ProofResult(
         file=proof,
+        commitments=verdict.commitments,
         proof_bytes=len(segment),
         witness_seconds=answer["witness_seconds"],
         prove_seconds=answer["prove_seconds"],

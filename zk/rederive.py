@@ -10,13 +10,14 @@ from dataclasses import fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from circuits.lowering import COMMITTED_INPUT, build_circuit
+from circuits.circuit import COMMITTED_INPUT
+from circuits.lowering import build_circuit
 from circuits.sample import sample_input
 from mamba_int.errors import MambaintError
 from mamba_int.graph import Graph
 from zk.keys import make_keys
 from zk.package import Package, read_package
-from zk.srs import Srs, ceremony_srs, find_development_srs
+from zk.srs import Srs, find_srs
 from zk.verify import Verdict, verify
 
 OTHER_KEY = "the verifying key is not that of this model"
@@ -78,11 +79,5 @@ def package_fault(
 
 
 def _named_srs(package: Package, srs_path: Path | None, cache: Path | None) -> Srs:
-    if srs_path is not None:
-        return ceremony_srs(srs_path, package.srs_sha256, package.logrows)
-    if package.srs_kind == "ceremony":
-        raise MambaintError(
-            f"the verifying key was made with a ceremony's SRS (sha256 {package.srs_sha256})",
-            f"give the ceremony's file for 2^{package.logrows} rows with --srs",
-        )
-    return find_development_srs(package.srs_sha256, package.logrows, cache)
+    path = find_srs(package.srs_sha256, package.logrows, srs_path, cache)
+    return Srs(path, package.srs_kind, package.srs_sha256, package.logrows)

@@ -76,21 +76,23 @@ def development_srs(logrows: int, cache: Path | None = None, timeout: float = 36
     return Srs(path, "development", digest, logrows)
 
 
-def find_development_srs(sha256: str, logrows: int, cache: Path | None = None) -> Srs:
-    """The development SRS with this hash, if it is the one of this cache; none is made.
+def find_srs(sha256: str, logrows: int, path: Path | None = None, cache: Path | None = None) -> Path:
+    """The full SRS file that a verifier package names: ``path``, or the cache's; none is made.
 
     Raises:
-        MambaintError: if this cache has none for 2^logrows rows, or another.
+        MambaintError: if it is not there, or another one.
     """
-    remedy = "do this on the machine that made the SRS, or give the SRS file with --srs"
-    if not (store.cache_folder(cache) / "srs" / f"development-{logrows}").exists():
-        raise MambaintError(f"this machine has no development SRS for 2^{logrows} rows", remedy)
-    srs = development_srs(logrows, cache)
-    if srs.sha256 != sha256:
+    found = path or store.cache_folder(cache) / "srs" / f"development-{logrows}" / "srs"
+    remedy = "give with --srs the SRS file that the proof was made with"
+    if path is None and not found.exists():
         raise MambaintError(
-            f"this machine's development SRS has SHA-256 {srs.sha256}, not the package's {sha256}", remedy
+            f"the SRS for 2^{logrows} rows with SHA-256 {sha256} is needed and is not in the cache", remedy
         )
-    return srs
+    _check_shape(found, logrows, remedy)
+    digest = store.sha256_file(found)
+    if digest != sha256:
+        raise MambaintError(f"the SRS {found} has SHA-256 {digest}, not the package's {sha256}", remedy)
+    return found
 
 
 def ceremony_srs(path: Path, sha256: str, logrows: int) -> Srs:

@@ -6,11 +6,12 @@ Fails closed: a proof is valid only if every check passes and EZKL answers True 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from circuits.circuit import COMMITTED_INPUT
 from mamba_int.errors import MambaintError
 from mamba_int.files import canonical_json
 from zk import ezkl_calls, field
@@ -31,6 +32,7 @@ class Verdict:
         model_id: the trusted package's model.
         circuit_id: the trusted package's circuit.
         public: the public values that are proved, flattened row-major; empty if invalid.
+        commitments: to the model input, as a hexadecimal point under its name, where the proof has one.
         statement: the trusted package's description of what a proof says.
         srs_kind: "development" or "ceremony".
         package_sha256: hash (hex) of the trusted package.
@@ -42,10 +44,15 @@ class Verdict:
     model_id: str
     circuit_id: str
     public: dict[str, list[int]]
+    commitments: dict[str, str]
     statement: dict[str, Any]
     srs_kind: SrsKind
     package_sha256: str
     verify_seconds: float
+
+    def refused(self, reason: str) -> Verdict:
+        """The verdict on a valid proof that does not show what was asked for in addition."""
+        return replace(self, valid=False, reason=reason[:MAX_REASON], public={}, commitments={})
 
 
 def verify(proof_path: Path, package_path: Path, expected_model_id: str | None = None) -> Verdict:
@@ -61,14 +68,22 @@ def verify(proof_path: Path, package_path: Path, expected_model_id: str | None =
             damaged or foreign, or another EZKL version is installed.
     """
     package, digest = read_package(package_path)
+    return check(read_proof(proof_path), package, digest, expected_model_id)
+
+
+def read_proof(proof_path: Path) -> bytes:
+    """The bytes of a proof file, as far as they are read.
+
+    Raises:
+        MambaintError: if it cannot be read.
+    """
     try:
         with proof_path.open("rb") as stream:
-            raw = stream.read(MAX_FILE_BYTES + 1)
+            return stream.read(MAX_FILE_BYTES + 1)
     except OSError as error:
         raise MambaintError(
             f"cannot read the proof {proof_path}: {error.strerror or error}", "check the path"
         ) from error
-    return check(raw, package, digest, expected_model_id)
 
 
 def check(
@@ -83,6 +98,7 @@ def check(
         )
     started = time.perf_counter()
     public: dict[str, list[int]] = {}
+    commitments: dict[str, str] = {}
     reason = ""
     try:
         # Parsing is linear, but megabytes of it are seconds and gigabytes for nothing.
@@ -96,6 +112,8 @@ def check(
             raise InvalidProof(f"the proof has {len(segment)} bytes and must have {package.proof_bytes}")
         _check_segment(segment, rebuild_instances(proof.public, segment, package), package)
         public = proof.public
+        if package.commits_to_input:
+            commitments = {COMMITTED_INPUT: segment[:POINT_BYTES].hex()}
     except InvalidProof as error:
         reason = str(error)[:MAX_REASON]
     return Verdict(
@@ -104,6 +122,7 @@ def check(
         model_id=package.model_id,
         circuit_id=package.circuit_id,
         public=public,
+        commitments=commitments,
         statement=package.statement,
         srs_kind=package.srs_kind,
         package_sha256=package_sha256,

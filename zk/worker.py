@@ -114,6 +114,14 @@ def prove(job: dict[str, Any], scratch: Path) -> dict[str, Any]:
     return _prove(job["witness"], job["circuit"], Path(job["keys"]), Path(job["srs"]), scratch)
 
 
+def commit(job: dict[str, Any], scratch: Path) -> dict[str, Any]:
+    """The commitment of a committed input, as a proof for a verifier package shows it."""
+    settings, vk = scratch / "settings.json", scratch / "vk.key"
+    settings.write_bytes(bytes.fromhex(job["settings"]))
+    vk.write_bytes(bytes.fromhex(job["vk"]))
+    return {"commitment": ezkl_calls.commit(job["values"], settings, vk, Path(job["srs"])).hex()}
+
+
 def mock(job: dict[str, Any], scratch: Path) -> dict[str, Any]:
     """For each claim, whether the circuit's constraints accept it."""
     circuit = job["circuit"]
@@ -148,6 +156,7 @@ JOBS: dict[str, Callable[[dict[str, Any], Path], dict[str, Any]]] = {
     "development_srs": development_srs,
     "setup": setup,
     "prove": prove,
+    "commit": commit,
     "mock": mock,
 }
 

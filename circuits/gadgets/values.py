@@ -355,12 +355,14 @@ class Shifted(Value):
         upper_low, upper_high = (low + half) >> c, (high + half) >> c
 
         def upper(get: Get) -> Values:
-            return (quotient(get) + half) >> c
+            limb: Values = (quotient(get) + half) >> c
+            return limb
 
         top = b.check(b.private(f"{self.name}.q1", shape, upper_low, upper_high, upper))
 
         def lower(get: Get) -> Values:
-            return quotient(get) - (get(top) << c)
+            limb: Values = quotient(get) - (get(top) << c)
+            return limb
 
         rest = b.check(b.private(f"{self.name}.q0", shape, -half, half - 1, lower))
         b.check(b.mul(rest, b.constant([1 << (k - c)])))

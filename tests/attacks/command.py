@@ -26,10 +26,15 @@ class Outcome:
 
 
 def run_verify(*arguments: str) -> Outcome:
-    """Run the command's entry point; an exception that would be a traceback passes through."""
+    """:func:`run_command` with ``verify``."""
+    return run_command("verify", *arguments)
+
+
+def run_command(*arguments: str) -> Outcome:
+    """Run the entry point; an exception that would be a traceback passes through."""
     out, err = io.StringIO(), io.StringIO()
     with (
-        patch.object(sys, "argv", ["mambaint", "verify", *arguments]),
+        patch.object(sys, "argv", ["mambaint", *arguments]),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
     ):
@@ -71,6 +76,7 @@ def assert_invalid(proof: bytes, package: bytes, because: str, *options: str) ->
     assert because in answer["reason"]
     assert answer["reason"].isprintable()
     assert (answer["valid"], answer["outputs"], answer["public"]) == (False, [], {})
+    assert answer["commitments"] == {}
     first, *about = shown.out.splitlines()
     assert first == f"INVALID: {answer['reason']}"
     assert [line.split()[0] for line in about] == ["model", "trusted", "note:"]

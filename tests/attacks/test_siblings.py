@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from circuits.circuit import Circuit
+from circuits.circuit import Circuit, Witness
 from circuits.lowering import LoweredCircuit, build_circuit
 from mamba_int.graph import Graph, Node
 from mamba_int.operations import OPERATIONS
@@ -169,9 +169,7 @@ def graph_input(honest: Graph, sibling: Graph) -> Array:
     raise AssertionError("the sibling computes the same")
 
 
-def prove_under_foreign_keys(
-    circuit: Circuit, lowered: LoweredCircuit, x: Array, keys: Keys, folder: Path
-) -> bytes:
+def prove_under_foreign_keys(circuit: Circuit, witness: Witness, keys: Keys, folder: Path) -> bytes:
     """The sibling's own witness and circuit, with the honest proving key."""
     folder.mkdir()
     (folder / "circuit.onnx").write_bytes(circuit.onnx)
@@ -183,7 +181,7 @@ def prove_under_foreign_keys(
     (folder / "vk.key").write_bytes((keys.folder / "vk.key").read_bytes())
     (folder / "pk.key").write_bytes((keys.folder / "pk.key").read_bytes())
     job = {
-        "witness": pack_witness(circuit, lowered.witness(x)),
+        "witness": pack_witness(circuit, witness),
         "circuit": {**packed, "circuit_id": keys.circuit_id},
         "keys": str(folder),
         "srs": str(keys.srs.path),
@@ -207,7 +205,7 @@ def assert_forgery_fails(
     try:
         true_proof = prove(circuit, honest.witness(true_input), keys, package).file
         assert accepted(true_proof, package)
-        forged = prove_under_foreign_keys(sibling.circuit, sibling, x, keys, folder)
+        forged = prove_under_foreign_keys(sibling.circuit, sibling.witness(x), keys, folder)
     finally:
         shutil.rmtree(keys.folder)
     claims = (sibling.witness(x).public, honest.witness(true_input).public)

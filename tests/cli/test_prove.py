@@ -137,6 +137,74 @@ def test_one_changed_weight_is_another_model_whose_proofs_do_not_pass_for_the_fi
     assert not verdict["valid"] and verdict["reason"]
 
 
+COMMIT = ("prove", "--input", "x.json", "--commit-input", "--model")
+
+
+def test_two_proofs_of_the_same_input_share_nothing_unless_asked_to(folder: Path, cli: Cli) -> None:
+    first = cli.json(*COMMIT, "model.mint", "--out", "a/proof.json")
+    second = cli.json(*COMMIT, "model.mint", "--out", "b/proof.json")
+    assert first["commitments"] != second["commitments"]
+    salts = [json.loads((folder / f"{name}/proof.opening.json").read_text())["salts"] for name in "ab"]
+    assert not set(salts[0]) & set(salts[1]) and len(set(salts[0])) == 8
+    verified = cli.json("verify", "a/proof.json")
+    assert verified["valid"] and verified["commitments"] == first["commitments"]
+    assert set(verified["public"]) == {"logits"}
+    verdict = cli.json("verify", "a/proof.json", "--same-input", "b/proof.json")
+    assert not verdict["valid"] and verdict["other"]["valid"]
+
+
+def test_second_model_proved_over_the_same_hidden_input(folder: Path, cli: Cli) -> None:
+    random_graph(1, **FORMS)[0].save(folder / "other.mint")
+    first = cli.json(*COMMIT, "model.mint", "--logrows", "12", "--out", "a/proof.json", "--opening", "secret")
+    reused = ("--logrows", "12", "--out", "b/proof.json", "--reuse-opening", "secret")
+    second = cli.json(*COMMIT, "other.mint", *reused)
+    assert first["model_id"] != second["model_id"] and first["commitments"] == second["commitments"]
+    assert cli.json("verify", "a/proof.json", "--same-input", "b/proof.json")["valid"]
+    assert cli.json("open", "b/proof.json", "--input", "x.json", "--opening", "secret")["valid"]
+    assert json.loads((folder / "secret").read_text())["proofs"] == 2
+    assert not list(folder.glob("?/*.opening.json"))
+    assert (folder / "secret").stat().st_mode & 0o777 == 0o600
+
+
+def test_opening_is_for_its_owner_alone_and_is_never_overwritten(folder: Path, cli: Cli) -> None:
+    proved = cli.json(*COMMIT, "model.mint")
+    opening = folder / proved["opening"]
+    assert opening.stat().st_mode & 0o777 == 0o600
+    before = opening.read_bytes()
+    code, _, err = cli(*COMMIT, "model.mint")
+    assert code == 2 and err.count("\n") == 1 and "exists already" in err
+    assert opening.read_bytes() == before
+
+
+def test_opening_is_not_reused_where_it_would_reveal_something_or_show_nothing(
+    folder: Path, cli: Cli
+) -> None:
+    cli.json(*COMMIT, "model.mint", "--logrows", "12", "--opening", "secret")
+    (folder / "y.json").write_text(json.dumps({"input_data": [[[3, 4, 6], *STEPS[1:]]]}))
+    opening = json.loads((folder / "secret").read_text())
+    for changes, source, message in (
+        ({}, "y.json", "the input is not the one"),
+        ({"proofs": 7}, "x.json", "7 proofs were made"),
+        ({"logrows": 13}, "x.json", "--logrows"),
+        ({"srs_sha256": "0" * 64}, "x.json", "another SRS"),
+        ({"size": 22}, "x.json", "another size"),
+    ):
+        (folder / "secret").write_text(json.dumps(opening | changes))
+        before = (folder / "secret").read_bytes()
+        arguments = ("--input", source, "--commit-input", "--model", "model.mint", "--logrows", "12")
+        code, out, err = cli("prove", *arguments, "--out", "n/proof.json", "--reuse-opening", "secret")
+        assert code == 2 and out == "" and err.count("\n") == 1 and message in err
+        assert not (folder / "n").exists() and (folder / "secret").read_bytes() == before
+
+
+def test_setup_writes_the_package_of_a_committed_circuit_of_the_chosen_size(folder: Path, cli: Cli) -> None:
+    options = ("--model", "model.mint", "--commit-input", "--logrows", "12")
+    made = cli.json("setup", *options, "--out", "s/verifier.zip")
+    proved = cli.json("prove", "--input", "x.json", *options)
+    assert made["logrows"] == proved["logrows"] == 12 and made["circuit_id"] == proved["circuit_id"]
+    assert (folder / "s/verifier.zip").read_bytes() == (folder / "verifier.zip").read_bytes()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -149,6 +217,17 @@ def test_one_changed_weight_is_another_model_whose_proofs_do_not_pass_for_the_fi
             ("--input", "x.json", "--model", "model.mint", "--srs", "k.srs", "--srs-sha256", "0" * 64),
             "k.srs",
         ),
+        (
+            ("--input", "x.json", "--model", "model.mint", "--commit-input", "--public-input"),
+            "give one of the two",
+        ),
+        (("--input", "x.json", "--model", "model.mint", "--opening", "o.json"), "--commit-input"),
+        (("--input", "x.json", "--model", "model.mint", "--reuse-opening", "o.json"), "--commit-input"),
+        (
+            ("--input", "x.json", "--model", "model.mint", "--commit-input", "--reuse-opening", "o.json"),
+            "o.json",
+        ),
+        (("--input", "x.json", "--model", "model.mint", "--logrows", "8"), "use more rows"),
     ],
 )
 def test_fault_is_one_line_and_leaves_nothing(
@@ -165,6 +244,9 @@ def test_unwritable_place_for_the_proof_is_one_line(folder: Path, cli: Cli) -> N
     (folder / "file").write_text("")
     code, _, err = cli("prove", "--input", "x.json", "--model", "model.mint", "--out", "file/proof.json")
     assert code == 2 and err.count("\n") == 1 and "cannot write" in err
+    code, _, err = cli(*COMMIT, "model.mint", "--out", "file/proof.json", "--opening", "secret")
+    assert code == 2 and err.count("\n") == 1 and "cannot write" in err
+    assert not (folder / "secret").exists()
 
 
 def test_help_loads_no_heavy_library() -> None:

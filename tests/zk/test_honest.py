@@ -98,6 +98,7 @@ def test_verify_command_as_json(honest: Honest) -> None:
         "valid",
         "model_id",
         "circuit_id",
+        "commitments",
         "outputs",
         "public",
         "verify_seconds",

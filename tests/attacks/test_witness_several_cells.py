@@ -89,6 +89,27 @@ def test_split_remainder_traded_with_the_quotient() -> None:
     reject_all(lowered, x, lies)
 
 
+def test_limbs_of_a_quotient_too_wide_for_the_table_traded() -> None:
+    cube = (node("square", "mul", "input", "input"), node("cube", "mul", "square", "input"))
+    graph = chain(*cube, node("q", "shift", "cube", places=1), T=1, C=2, low=-9, high=9)
+    lowered = build_circuit(graph)
+    x = np.array([[7, -9]])
+    honest = lowered.witness(x)
+    assert {"q.q1", "q.q0"} <= set(privates(lowered)), "the split form"
+    reach = max(-graph.types["q"].low, graph.types["q"].high)
+    whole, lies = 1 << reach.bit_length() - (lowered.circuit.logrows - 2), {}
+    for i in range(2):
+        for sign in (1, -1):
+            lies[f"lower limb beyond its window [{i}] {sign:+}"] = change(
+                honest, {"q.q1": [(i, sign)], "q.q0": [(i, -sign * whole)]}
+            )
+            fraction = sign * pow(whole, -1, FIELD)
+            lies[f"fraction of the upper limb [{i}] {sign:+}"] = change(
+                honest, {"q.q1": [(i, fraction)], "q.q0": [(i, -sign)]}
+            )
+    reject_all(lowered, x, lies)
+
+
 def test_packed_split_remainder_traded_between_quotient_limb_remainder_and_next_step() -> None:
     lowered, x, honest = setup("linear_split_shift")
     graph, _ = built("linear_split_shift")

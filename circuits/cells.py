@@ -49,6 +49,9 @@ FIELD = 218882428718392752222464057452572750885483644004160343436982041865758084
 CHALLENGE = "challenge"
 """Name of the public value that shows alpha, and of the part its powers are booked under."""
 
+SMALLEST_STRIDE = 16
+"""Between the powers of alpha that weigh neighbouring rows."""
+
 SMALL = 1 << 62
 FLOAT_MANTISSA = 24
 """Bits of an integer that float32 holds, whatever its magnitude up to 2^127."""
@@ -401,6 +404,15 @@ class Cells:
                 known = np.concatenate([known, step, products])
         self._progressions[stride] = known
         return known[:count]
+
+    def weights(self, rows: int, columns: int) -> tuple[Ids, Ids]:
+        """Weights of a matrix's rows and columns whose products are distinct powers of alpha.
+
+        Row i weighs alpha^(i s) for a power of two s >= columns: few different s, so that claims of different
+        width share the powers.
+        """
+        stride = max(SMALLEST_STRIDE, 1 << (columns - 1).bit_length())
+        return self.powers(rows, stride), self.powers(columns)
 
     def claim(self, parts: list[tuple[Ids, int]]) -> None:
         """Claim that sum_i coefficient_i * cell_i = 0 in the field, every cell being a view of one cell."""

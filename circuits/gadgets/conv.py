@@ -28,9 +28,8 @@ class _ConvolvedValue(Claimed):
 
     def grid(self) -> Grid:
         steps, channels = self.type.shape
-        b = self.builder
-        stride = steps + self._taps.shape[1] - 1
-        return Grid(np.transpose, b.powers(channels, stride), b.powers(steps))
+        rows, columns = self.builder.weights(channels, steps + self._taps.shape[1] - 1)
+        return Grid(np.transpose, rows, columns[:steps])
 
     def total(self) -> list[tuple[Ids, int]]:
         b, grid = self.builder, self.grid()

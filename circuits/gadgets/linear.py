@@ -242,8 +242,8 @@ class _Projection:
 class ProjectedValue(Claimed):
     """x W^T + b of a tensor with time axis, [T, J], or a slice of its columns, claimed.
 
-    Element (t, j) weighs alpha^(T j + t): over t the sum is W applied to sum_t alpha^t x_t, so every row of W
-    is read once, however many steps there are.
+    Element (t, j) weighs alpha^(s j + t) for some s >= T: over t the sum is W applied to sum_t alpha^t x_t,
+    so every row of W is read once, however many steps there are.
     """
 
     def __init__(self, projection: _Projection, name: str, tensor: TensorType, start: int, stop: int) -> None:
@@ -253,8 +253,7 @@ class ProjectedValue(Claimed):
 
     def grid(self) -> Grid:
         steps, outputs = self.type.shape
-        b = self.builder
-        return Grid(np.transpose, b.powers(outputs, steps), b.powers(steps))
+        return Grid(np.transpose, *self.builder.weights(outputs, steps))
 
     def total(self) -> list[tuple[Ids, int]]:
         grid = self.grid()

@@ -407,7 +407,10 @@ class _ProductsOfStates(Claimed):
 
 
 class _MixedValue(Claimed):
-    """y of a chunk before its shift, [t, H, P], claimed; element (t, h, p) weighs alpha^(P (t H + h) + p)."""
+    """y of a chunk before its shift, [t, H, P], claimed.
+
+    Element (t, h, p) weighs alpha^(s (t H + h) + p) for some s >= P.
+    """
 
     def __init__(self, chunk: _Chunk, D: Any, carried: tuple[Ids, Ids] | None) -> None:
         bound = chunk.bounds.y
@@ -417,8 +420,8 @@ class _MixedValue(Claimed):
 
     def grid(self) -> Grid:
         steps, heads, width = self.type.shape
-        b = self.builder
-        return Grid(lambda ids: ids.reshape(-1, width), b.powers(steps * heads, width), b.powers(width))
+        rows, columns = self.builder.weights(steps * heads, width)
+        return Grid(lambda ids: ids.reshape(-1, width), rows, columns)
 
     def total(self) -> list[tuple[Ids, int]]:
         b, chunk, rows = self.builder, self._chunk, self.grid().rows
@@ -454,7 +457,7 @@ class _MixedValue(Claimed):
 
 
 class _ReadValue(Claimed):
-    """sum_n H[h, p, n] C[t, n], [t, H, P], claimed; element (t, h, p) weighs alpha^(t H P + h P + p)."""
+    """sum_n H[h, p, n] C[t, n], [t, H, P], claimed; element (t, h, p) weighs alpha^(s t + h P + p)."""
 
     def __init__(self, b: Cells, name: str, reach: int, H: Ids, C: Ids) -> None:
         super().__init__(b, name, TensorType((len(C), *H.shape[:2]), -reach, reach))
@@ -462,10 +465,8 @@ class _ReadValue(Claimed):
 
     def grid(self) -> Grid:
         steps, heads, width = self.type.shape
-        b = self.builder
-        return Grid(
-            lambda ids: ids.reshape(steps, -1), b.powers(steps, heads * width), b.powers(heads * width)
-        )
+        rows, columns = self.builder.weights(steps, heads * width)
+        return Grid(lambda ids: ids.reshape(steps, -1), rows, columns)
 
     def total(self) -> list[tuple[Ids, int]]:
         b, grid = self.builder, self.grid()
@@ -481,7 +482,7 @@ class _ReadValue(Claimed):
 class _StateValue(Claimed):
     """The next state before its shift, [H, P, N], claimed: the turned state plus (sum_s x_s beta_s) << c.
 
-    Element (h, p, n) weighs alpha^(P (h N + n) + p): over p, x and the state become one cell for each head
+    Element (h, p, n) weighs alpha^(s (h N + n) + p): over p, x and the state become one cell for each head
     and each pair (h, n), which is all that the turn and the inflow read.
     """
 
@@ -493,12 +494,8 @@ class _StateValue(Claimed):
 
     def grid(self) -> Grid:
         heads, width, state = self.type.shape
-        b = self.builder
-        return Grid(
-            lambda ids: np.moveaxis(ids, 1, 2).reshape(-1, width),
-            b.powers(heads * state, width),
-            b.powers(width),
-        )
+        rows, columns = self.builder.weights(heads * state, width)
+        return Grid(lambda ids: np.moveaxis(ids, 1, 2).reshape(-1, width), rows, columns)
 
     def total(self) -> list[tuple[Ids, int]]:
         b, chunk, grid = self.builder, self._chunk, self.grid()

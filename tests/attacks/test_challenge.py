@@ -58,7 +58,7 @@ def forge(claimed: Claimed, challenge: int, steps: tuple[int, int] = (0, 1)) -> 
     """A proof with a challenge of the forger's choice and two false outputs that cancel at that challenge."""
     circuit, keys = claimed.lowered.circuit, claimed.keys
     witness = claimed.lowered.witness(claimed.x)
-    # Element (t, j) weighs alpha^(T j + t): one unit more at step t is taken back at step u.
+    # Element (t, j) weighs alpha^(s j + t): one unit more at step t is taken back at step u.
     t, u = steps
     lie = {t: 1, u: -pow(challenge, t - u, FIELD)}
     outputs = len(WEIGHT)

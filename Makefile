@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-gpu check bench-digits bench-estimate clean
+.PHONY: setup demo test test-gpu check bench-digits bench-proving bench-estimate clean
 
 setup: $(STAMP)
 
@@ -31,6 +31,10 @@ bench-digits: setup
 # Five minutes on a quiet machine: the cost model against a dozen circuits that it was not fitted to.
 bench-estimate: setup
 	$(BIN)/python -m benchmarks.estimate
+
+# Two minutes, after bench-digits: both forms of the same circuits beside the recorded naive export.
+bench-proving: setup
+	$(BIN)/python -m benchmarks.proving runs/bench-digits
 
 check: setup
 	$(BIN)/ruff check .

@@ -83,9 +83,8 @@ SHAPES: dict[str, tuple[dict[str, Any], bool]] = {
 """What each model changes in ``NARROW``, and whether its input is public."""
 
 
-def random_model(changes: dict[str, Any]) -> Graph:
+def random_model(config: MambaIntConfig) -> Graph:
     """The integer graph of an untrained model whose scales were observed on random inputs."""
-    config = MambaIntConfig(**{**NARROW, **changes})
     model = MambaInt(config, 0)
     random = np.random.default_rng(0)
     shape = (16, config.seq_len, config.n_features)
@@ -115,7 +114,7 @@ def main() -> None:
         calibration = calibrate(print, cache)
         lines = []
         for name, (changes, public_input) in SHAPES.items():
-            graph = random_model(changes)
+            graph = random_model(MambaIntConfig(**{**NARROW, **changes}))
             lowered = build_circuit(graph, public_input)
             size = Size.of(lowered.circuit)
             predicted = asdict(calibration.predict(size))

@@ -1,4 +1,4 @@
-"""The proving table of the README: our circuits beside the naive EZKL export of a float model of the same shape.
+"""The proving table of the README: our circuits beside the naive EZKL export of a float model of that shape.
 
 ``make bench-proving`` measures ours (two minutes) and takes the naive export's record from the result file;
 with ``--naive SCRIPT`` it measures that too, which needs 20 GB of memory and half an hour. Results go to

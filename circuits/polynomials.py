@@ -79,7 +79,9 @@ class PolynomialCells(Cells):
         # A sign and at least one digit below it.
         bits = max(3, self.digit_bits(low, high))
         flat = a.ravel()
-        g = self.private(f"{self._part}.sign", flat.shape, 0, 1, lambda get: (get(flat) >= 0).astype(np.int64))
+        g = self.private(
+            f"{self._part}.sign", flat.shape, 0, 1, lambda get: (get(flat) >= 0).astype(np.int64)
+        )
         self._bit(g)
         self._decompose(flat, -(1 << (bits - 1)), bits, g)
         self._checked.update(flat.tolist())

@@ -32,6 +32,7 @@ def command(
     input_path: Path,
     model: Path | None,
     public_input: bool,
+    lookups: str,
     srs_path: Path | None,
     srs_sha256: str | None,
     out: Path,
@@ -57,7 +58,7 @@ def command(
     graph = Graph.load(resolve_model(model))
     inputs = read_input(input_path, graph)
     with activity(as_json) as say:
-        ready = prepare(graph, public_input, srs_path, srs_sha256, say)
+        ready = prepare(graph, public_input, lookups, srs_path, srs_sha256, say)
         say("proving")
         witness = witness_of(graph, ready.lowered, inputs)
         proof = prove(ready.lowered.circuit, witness, ready.keys, ready.package)

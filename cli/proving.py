@@ -35,6 +35,13 @@ def proving_options(function: Callable[..., Any]) -> Callable[..., Any]:
             "--public-input", is_flag=True, help="Show the input in the proof instead of hiding it."
         ),
         click.option(
+            "--lookups",
+            type=click.Choice(["table", "none"]),
+            default="table",
+            show_default=True,
+            help="Check ranges by a lookup table, or by polynomial constraints alone (many more rows).",
+        ),
+        click.option(
             "--srs",
             "srs_path",
             type=click.Path(path_type=Path),
@@ -80,7 +87,7 @@ class Provable:
     package: bytes
 
 
-def statement(graph: Graph, public_input: bool) -> dict[str, Any]:
+def statement(graph: Graph, public_input: bool, lookups: str) -> dict[str, Any]:
     """What a proof of this circuit states, in words and names, for the verifier package."""
     card = graph.card
     return {
@@ -90,6 +97,7 @@ def statement(graph: Graph, public_input: bool) -> dict[str, Any]:
         "seq_len": graph.seq_len,
         "input": {key: graph.input.integer(key) for key in ("low", "high", "features")},
         "input_is_public": public_input,
+        "lookups": lookups,
         "logits_frac": graph.by_name[graph.output].frac,
     }
 
@@ -105,6 +113,7 @@ def sample_input(graph: Graph) -> IntArray:
 def prepare(
     graph: Graph,
     public_input: bool,
+    lookups: str,
     srs_path: Path | None,
     srs_sha256: str | None,
     say: Callable[[str], None],
@@ -124,7 +133,7 @@ def prepare(
             "--srs and --srs-sha256 belong together", "give the ceremony file and the hash it is known by"
         )
     say("building the circuit")
-    lowered = build_circuit(graph, public_input)
+    lowered = build_circuit(graph, public_input, lookups=lookups == "table")
     logrows = lowered.circuit.logrows
     if srs_path is not None and srs_sha256 is not None:
         srs = ceremony_srs(srs_path, srs_sha256, logrows)
@@ -133,7 +142,7 @@ def prepare(
         srs = development_srs(logrows)
     say(f"keys for {lowered.circuit.rows:,} rows (made once)")
     keys = make_keys(lowered.circuit, witness_of(graph, lowered, sample_input(graph)), srs)
-    return Provable(graph, lowered, keys, keys.package(statement(graph, public_input)).encode())
+    return Provable(graph, lowered, keys, keys.package(statement(graph, public_input, lookups)).encode())
 
 
 def witness_of(graph: Graph, lowered: LoweredCircuit, inputs: IntArray) -> Witness:

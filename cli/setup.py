@@ -23,6 +23,7 @@ from cli.proving import DEVELOPMENT_NOTE, activity, proving_options
 def command(
     model: Path | None,
     public_input: bool,
+    lookups: str,
     srs_path: Path | None,
     srs_sha256: str | None,
     out: Path,
@@ -44,7 +45,7 @@ def command(
 
     graph = Graph.load(resolve_model(model))
     with activity(as_json) as say:
-        ready = prepare(graph, public_input, srs_path, srs_sha256, say)
+        ready = prepare(graph, public_input, lookups, srs_path, srs_sha256, say)
     write_bytes(out, ready.package)
     circuit, keys = ready.lowered.circuit, ready.keys
     result = {

@@ -19,6 +19,9 @@ FLOAT_BITS = 126
 FIELD_BITS = 250
 """A packed number stays below 2^250, far from wrapping in the field."""
 
+CELLS_PER_BIT = 3
+"""What a tight check costs, roughly."""
+
 
 class LinearValue(Value):
     """x W^T + b of a tensor with time axis, [T, J].
@@ -26,6 +29,8 @@ class LinearValue(Value):
     As cells: the accumulators are the digits, base 2^k, of one packed product; each is looked up, so is
     unique, because the proven bound of the accumulators keeps every digit inside the table. The lowest digit
     is not given but computed, so its lookup *is* the equality check.
+
+    Tight checks can cost more than plain dots; then these are made instead.
 
     Shifted: the digits, base 2^(2k), are m acc = 2^k q + rho with q and rho both looked up.
     """
@@ -39,8 +44,12 @@ class LinearValue(Value):
         self._bias = bias if bias is not None else np.zeros(len(weight), np.int64)
 
     @property
-    def _fits(self) -> bool:
-        return self.builder.fits(self.type.low, self.type.high)
+    def _packs(self) -> bool:
+        """Whether the accumulators are digits of a packed product."""
+        b, bits = self.builder, (self.type.high - self.type.low).bit_length()
+        if b.tight and CELLS_PER_BIT * bits > self._weight.shape[1]:
+            return False
+        return b.fits(self.type.low, self.type.high)
 
     def _digit_bits(self, tensor: TensorType) -> int:
         """Bits of a base in which checked cells of a type are unique digits, and x fits."""
@@ -56,7 +65,7 @@ class LinearValue(Value):
         return lambda get: get(x) @ self._weight.T + self._bias
 
     def _emit(self) -> Ids:
-        if not self._fits:
+        if not self._packs:
             return self.accumulation().emit(self.builder)
         b, k = self.builder, self._digit_bits(self.type)
         steps = len(self._source.cells())
@@ -149,12 +158,12 @@ class LinearValue(Value):
         return q
 
     def sliced(self, name: str, tensor: TensorType, start: int, stop: int) -> Value:
-        if self._fits:
+        if self._packs:
             return super().sliced(name, tensor, start, stop)
         return LinearValue(self._source, name, tensor, self._weight[start:stop], self._bias[start:stop])
 
     def accumulation(self) -> Accumulation:
-        if self._fits:
+        if self._packs:
             return super().accumulation()
         return direct(self._source, self._weight, self._bias, self.type)
 

@@ -137,8 +137,8 @@ class Cells:
     Attributes:
         window: bits of the range that holds every checked cell.
         low, high: its ends: a checked cell is an integer in low..high.
-        tight: whether a check proves a cell's own bounds, rounded up to a power of two of values from the lower
-            one upwards, instead of low..high.
+        tight: whether a check proves a cell's own bounds instead of low..high: exactly the lower one, and as
+            many values from there as the next power of two.
     """
 
     tight = False

@@ -348,7 +348,8 @@ class Shifted(Value):
         upper_low, upper_high = (low + half) >> c, (high + half) >> c
 
         def upper(get: Get) -> Values:
-            return (quotient(get) + half) >> c
+            values: Values = (quotient(get) + half) >> c
+            return values
 
         top = b.check(b.private(f"{self.name}.q1", shape, upper_low, upper_high, upper))
 

@@ -1,17 +1,18 @@
 """Range checks by polynomial constraints instead of a lookup table.
 
 A cell v with bounds low..high is proven an integer in low .. low + 2^u - 1, where u is the fewest bits that
-hold the bounds. With digits D_p in {-3, -1, 1, 3} for every two bits, and R in {-4, 4} for a single one on top,
+hold the bounds. With digits D_p in {-3, -1, 1, 3} for every two bits, and R in {-4, 4} for a single one on
+top,
 
     2 (v - low) - (2^u - 1) = sum_p 2^p D_p + 2^(u - 3) R,   p = 0, 2, 4, ...
 
 and every value of the range has just one such sum. All digits but the lowest are private, and the lowest is
-*computed* from v and them, so the sum holds by construction. D is one of the four if (D^2 - 5)^2 = 16: the field
-has no zero divisors, so D^2 is 1 or 9, and only these four have such squares. R is one of its two if R^2 = 16.
-Then the sum is an odd integer of at most 2^u - 1, so v is an integer, and inside the range.
+*computed* from v and them, so the sum holds by construction. D is one of the four if (D^2 - 5)^2 = 16: the
+field has no zero divisors, so D^2 is 1 or 9, and only these four have such squares. R is one of its two if
+R^2 = 16. Then the sum is an odd integer of at most 2^u - 1, so v is an integer, and inside the range.
 
-The sign of a cell is its top bit g, with g (g - 1) = 0, in place of a digit; relu is g v. A range of one value
-or of two needs no digits: v - low = 0, or (v - low) (v - low - 1) = 0.
+The sign of a cell is its top bit g, with g (g - 1) = 0, in place of a digit; relu is g v. A range of one
+value or of two needs no digits: v - low = 0, or (v - low) (v - low - 1) = 0.
 
 What has to be 0 or 16 is shown as public outputs forced to these values or, in a challenged graph, summed up
 with distinct powers of alpha, the whole sum being claimed.

@@ -60,9 +60,9 @@ def compare(x: Value, y: Value | IntArray, name: str) -> Ids:
     Where D and D + 1 fit the table, g = max(D + 1, 0) - max(D, 0): 1 for an integer D >= 0, 0 for one below.
     Five cells, none of them private: there is nothing to lie about.
 
-    Beyond, and where a tight check makes that cheaper, g is a private bit and (2 g - 1) D - (1 - g) >= 0: for
-    g = 1 that is D >= 0, for g = 0 it is -D - 1 >= 0, so just one of the two passes. Nothing wraps: D is within
-    its proven bounds, g within 0..1.
+    Beyond, and where a tight check makes that cheaper, g is a private bit and (2 g - 1) D - (1 - g) >= 0:
+    for g = 1 that is D >= 0, for g = 0 it is -D - 1 >= 0, so just one of the two passes. Nothing wraps: D
+    is within its proven bounds, g within 0..1.
     """
     b, ids = x.builder, x.cells()
     if isinstance(y, Value):

@@ -354,7 +354,8 @@ class Shifted(Value):
         top = b.check(b.private(f"{self.name}.q1", shape, upper_low, upper_high, upper))
 
         def lower(get: Get) -> Values:
-            return quotient(get) - (get(top) << c)
+            values: Values = quotient(get) - (get(top) << c)
+            return values
 
         rest = b.check(b.private(f"{self.name}.q0", shape, -half, half - 1, lower))
         b.check(b.mul(rest, b.constant([1 << (k - c)])))

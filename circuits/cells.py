@@ -134,17 +134,25 @@ class Cells:
     """A constraint graph under construction.
 
     Args:
-        logrows: k; the lookup table is the signed identity on ``table_low(k)..table_high(k)``.
+        window: k; the lookup table is the signed identity on ``table_low(k)..table_high(k)``.
         challenged: whether gadgets may use :meth:`powers` and :meth:`claim`.
+
+    Attributes:
+        window: bits of the range that holds every checked cell.
+        low, high: its ends: a checked cell is an integer in low..high.
+        tight: whether a check proves a cell's own bounds instead of low..high: exactly the lower one, and as
+            many values from there as the next power of two.
     """
 
-    def __init__(self, logrows: int, challenged: bool = False) -> None:
-        self.logrows = logrows
+    tight = False
+
+    def __init__(self, window: int, challenged: bool = False) -> None:
+        self.window = window
         self.challenged = challenged
         self.claims: list[Ids] = []
         self._progressions: dict[int, Ids] = {}
         self._power: dict[int, Ids] = {}
-        self.low, self.high = table_low(logrows), table_high(logrows)
+        self.low, self.high = table_low(window), table_high(window)
         self.bases: list[Base] = []
         self.cost: dict[str, Counter[str]] = {}
         self._firsts: list[int] = []
@@ -219,8 +227,23 @@ class Cells:
         return self._are_constants(ids) and bool((self.constant_values(ids) == value).all())
 
     def fits(self, low: int, high: int) -> bool:
-        """Whether the lookup table holds all of low..high."""
+        """Whether checks hold all of low..high."""
         return self.low <= low and high <= self.high
+
+    def proves(self, a: Ids, low: int, high: int) -> bool:
+        """Whether :meth:`check` alone proves that the cells of ``a`` are inside low..high."""
+        return low <= self.low and self.high <= high
+
+    def digit_bits(self, low: int, high: int) -> int:
+        """Bits of a base in which checked cells with bounds low..high are unique digits."""
+        return self.window
+
+    def scale(self, bits: int) -> int:
+        """m such that checking m y proves an integer y inside a signed window of exactly ``bits`` bits.
+
+        The bounds of m y must be declared as those of the window: -m 2^(bits-1) to m (2^(bits-1) - 1).
+        """
+        return 1 << (self.window - bits)
 
     # -- cells -------------------------------------------------------------------------------------------
 
@@ -420,8 +443,14 @@ class Cells:
         right = self.constant(np.array([c for _, c in parts], dtype=object))
         self.claims.append(self.dot("ka,k->a", left[:, None], right))
 
-    def close(self) -> Ids:
-        """Emit all pending checks as one lookup; return two of its outputs, always 0, as anchor.
+    def total_weight(self, weights: Ids) -> Ids:
+        """The sum of weights, [1]."""
+        if len(weights) == 1:
+            return weights
+        return self.dot("ai,i->a", weights[None], np.broadcast_to(self.constant([1]), weights.shape))
+
+    def close(self) -> dict[str, Ids]:
+        """Emit all pending checks as one lookup; return two of its outputs, always 0, as ``anchor``.
 
         Lookups whose outputs nobody reads would be pruned, so two of them become public; they belong to
         constant cells and reveal nothing.
@@ -437,7 +466,7 @@ class Cells:
             self._count("lookup", 1, part)
         self._count("lookup", 2, "anchor")
         checked = self._new("relu", "checks", ids.shape, 0, max(high, 0), operands=(ids,))
-        return checked[:2]
+        return {"anchor": checked[:2]}
 
     @property
     def total(self) -> int:

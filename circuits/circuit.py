@@ -13,8 +13,8 @@ class PublicTensor:
     Attributes:
         name: name of the ONNX output.
         shape: shape; instances are its elements in row-major order.
-        forced: the value every element has in any valid proof (anchors of range checks and claims are 0);
-            None where the value is part of the statement, or the challenge.
+        forced: the value every element has in any valid proof (anchors of range checks and claims are 0,
+            say); None where the value is part of the statement, or the challenge.
         challenge: whether it is the challenge, which a verifier derives from the proof's commitments.
     """
 
@@ -96,10 +96,11 @@ class Circuit:
     Attributes:
         model_id: SHA-256 (hex) of the integer graph it constrains.
         onnx: the constraint graph as a serialised ONNX model; same integer graph, same bytes.
-        logrows: log2 of the number of rows; the lookup table and all multipliers are built for it.
+        logrows: log2 of the number of rows; the lookup table and its multipliers are built for it.
         rows: predicted number of rows (EZKL's ``num_rows``), at ``num_inner_cols`` 2.
         inputs: the ONNX inputs, in order; a challenged circuit has one more, ``challenge``, of 2 elements.
         public: the ONNX outputs, in order.
+        lookups: whether range checks read a lookup table, or are polynomial constraints.
     """
 
     model_id: str
@@ -108,6 +109,7 @@ class Circuit:
     rows: int
     inputs: tuple[InputTensor, ...]
     public: tuple[PublicTensor, ...]
+    lookups: bool = True
 
     @property
     def private(self) -> tuple[tuple[str, int], ...]:

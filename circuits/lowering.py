@@ -39,6 +39,7 @@ from circuits.gadgets.values import (
     check_range,
     clamp_from_zero,
 )
+from circuits.polynomials import SQUARE, PolynomialCells
 from mamba_int.errors import MambaintError
 from mamba_int.graph import Graph, Node, TensorType
 from mamba_int.operations.choice import Table
@@ -49,8 +50,8 @@ MODEL_INPUT = "model_input"
 """Name of the private tensor that holds the model input; shown in public, it is the output ``input``."""
 COLUMN_MARGIN = 64
 """Rows of a column that a committed input cannot fill."""
-FORCED = {"claims", "anchor"}
-"""Outputs that are 0 in every valid proof."""
+FORCED = {"claims": 0, "anchor": 0, "zeros": 0, "squares": SQUARE}
+"""Outputs that have one value in every valid proof."""
 
 
 class _Relu(Value):
@@ -310,7 +311,7 @@ class LoweredCircuit:
             for name, size in self.circuit.private
         }
         public = {
-            name: [0] * ids.size if name in FORCED else [int(v) for v in values.get(ids).ravel()]
+            name: [FORCED[name]] * ids.size if name in FORCED else [int(v) for v in values.get(ids).ravel()]
             for name, ids in self.outputs.items()
             if name != CHALLENGE
         }
@@ -321,9 +322,9 @@ def _all(first: int, size: int) -> Ids:
     return np.arange(first, first + size, dtype=np.int64)
 
 
-def _group(cells: Cells, committed: bool, commit_input: bool) -> tuple[InputTensor, ...]:
+def _group(cells: Cells, logrows: int, committed: bool, commit_input: bool) -> tuple[InputTensor, ...]:
     """The private tensors as ONNX inputs; a committed one has to fit a column."""
-    room = (1 << cells.logrows) - COLUMN_MARGIN - SALTS if committed else sum(b.size for b in cells.bases)
+    room = (1 << logrows) - COLUMN_MARGIN - SALTS if committed else sum(b.size for b in cells.bases)
     groups: list[list[tuple[str, int]]] = []
     if commit_input:
         groups.append([])
@@ -349,25 +350,32 @@ def _group(cells: Cells, committed: bool, commit_input: bool) -> tuple[InputTens
 
 
 def lower(
-    graph: Graph, logrows: int, public_input: bool, challenged: bool = False, commit_input: bool = False
+    graph: Graph,
+    logrows: int,
+    public_input: bool,
+    challenged: bool = False,
+    commit_input: bool = False,
+    lookups: bool = True,
 ) -> LoweredCircuit:
     """Build the circuit for one number of rows.
 
     Raises:
         CircuitTooNarrow: if some quotient does not fit the lookup table, or a private tensor no column.
     """
-    cells = Cells(logrows, challenged)
+    cells = Cells(logrows, challenged) if lookups else PolynomialCells(challenged)
     lowering = _Lowering(graph, cells)
     logits = lowering.value(graph.output).cells()
     outputs: dict[str, Ids] = {}
     if public_input:
         outputs["input"] = lowering.value(graph.input.name).cells().ravel()
     outputs["logits"] = logits.ravel()
+    # Closing may make a claim itself.
+    residues = cells.close()
     if cells.claims:
         outputs |= {CHALLENGE: cells.power(1), "claims": np.concatenate(cells.claims)}
-    outputs["anchor"] = cells.close()
+    outputs |= residues
     committed = bool(cells.claims) or commit_input
-    groups = _group(cells, committed, commit_input)
+    groups = _group(cells, logrows, committed, commit_input)
     salts = SALTS * len(groups) if committed else 0
     onnx_bytes = write_onnx(cells, groups, outputs)
     instances = sum(ids.size for ids in outputs.values())
@@ -378,9 +386,10 @@ def lower(
         rows=(cells.total + salts + instances) // 2,
         inputs=groups,
         public=tuple(
-            PublicTensor(name, (ids.size,), 0 if name in FORCED else None, name == CHALLENGE)
+            PublicTensor(name, (ids.size,), FORCED.get(name), name == CHALLENGE)
             for name, ids in outputs.items()
         ),
+        lookups=lookups,
     )
     tensors = {name: value._cells for name, value in lowering.made.items() if value._cells is not None}
     return LoweredCircuit(circuit, cells, outputs, tensors)
@@ -392,6 +401,7 @@ def build_circuit(
     logrows: int | None = None,
     challenged: bool | None = None,
     commit_input: bool = False,
+    lookups: bool = True,
 ) -> LoweredCircuit:
     """Build the circuit of a graph with the fewest rows (a power of two) that hold it.
 
@@ -402,6 +412,7 @@ def build_circuit(
         challenged: check products at a random point, or not; default: only if that takes fewer rows, since it
             costs a column.
         commit_input: commit to the model input alone, so that two proofs can be shown to share it.
+        lookups: check ranges by a lookup table, or else by polynomial constraints alone.
 
     Raises:
         MambaintError: if no allowed number of rows holds the circuit.
@@ -415,7 +426,7 @@ def build_circuit(
             if not logrows and k < smallest[form]:
                 continue
             try:
-                lowered = lower(graph, k, public_input, form, commit_input)
+                lowered = lower(graph, k, public_input, form, commit_input, lookups)
             except CircuitTooNarrow as narrow:
                 reason = f"{narrow}, beyond the lookup table"
                 continue

@@ -68,6 +68,7 @@ def command(
     public_input: bool,
     commit_input: bool,
     logrows: int | None,
+    lookups: str,
     srs_path: Path | None,
     srs_sha256: str | None,
     out: Path,
@@ -112,7 +113,7 @@ def command(
     graph = Graph.load(resolve_model(model))
     inputs = read_input(input_path, graph)
     with activity(as_json) as say:
-        ready = prepare(graph, public_input, commit_input, logrows, srs_path, srs_sha256, say)
+        ready = prepare(graph, public_input, commit_input, logrows, lookups, srs_path, srs_sha256, say)
         package = decode_package(ready.package, "made here")
         if earlier is not None:
             earlier.check_reusable(package)

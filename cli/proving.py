@@ -54,6 +54,13 @@ def proving_options(function: Callable[..., Any]) -> Callable[..., Any]:
             "the same number of rows and the same SRS. [default: the fewest that hold the circuit]",
         ),
         click.option(
+            "--lookups",
+            type=click.Choice(["table", "none"]),
+            default="table",
+            show_default=True,
+            help="Check ranges by a lookup table, or by polynomial constraints alone (many more rows).",
+        ),
+        click.option(
             "--srs",
             "srs_path",
             type=click.Path(path_type=Path),
@@ -99,7 +106,7 @@ class Provable:
     package: bytes
 
 
-def statement(graph: Graph, public_input: bool, commit_input: bool) -> dict[str, Any]:
+def statement(graph: Graph, public_input: bool, commit_input: bool, lookups: str) -> dict[str, Any]:
     """What a proof of this circuit states, in words and names, for the verifier package."""
     card = graph.card
     described = card.get("input")
@@ -116,6 +123,7 @@ def statement(graph: Graph, public_input: bool, commit_input: bool) -> dict[str,
         "input": {key: graph.input.integer(key) for key in ("low", "high", "features")} | scaling,
         "input_is_public": public_input,
         "input_is_committed": commit_input,
+        "lookups": lookups,
         "logits_frac": graph.by_name[graph.output].frac,
     }
 
@@ -144,6 +152,7 @@ def prepare(
     public_input: bool,
     commit_input: bool,
     logrows: int | None,
+    lookups: str,
     srs_path: Path | None,
     srs_sha256: str | None,
     say: Callable[[str], None],
@@ -173,7 +182,9 @@ def prepare(
             "--public-input shows the input and --commit-input hides it", "give one of the two"
         )
     say("building the circuit")
-    lowered = build_circuit(graph, public_input, logrows, commit_input=commit_input)
+    lowered = build_circuit(
+        graph, public_input, logrows, commit_input=commit_input, lookups=lookups == "table"
+    )
     calibration = stored_calibration()
     prediction = calibration.predict(Size.of(lowered.circuit)) if calibration is not None else None
     if prediction is not None:
@@ -188,7 +199,7 @@ def prepare(
         require_memory(prediction.setup_peak_bytes)
     say(f"keys for {lowered.circuit.rows:,} rows (made once)")
     keys = make_keys(lowered.circuit, witness_of(graph, lowered, sample_input(graph)), srs)
-    stated = statement(graph, public_input, commit_input)
+    stated = statement(graph, public_input, commit_input, lookups)
     return Provable(graph, lowered, keys, keys.package(stated).encode())
 
 

@@ -25,6 +25,7 @@ def command(
     public_input: bool,
     commit_input: bool,
     logrows: int | None,
+    lookups: str,
     srs_path: Path | None,
     srs_sha256: str | None,
     out: Path,
@@ -46,7 +47,7 @@ def command(
 
     graph = Graph.load(resolve_model(model))
     with activity(as_json) as say:
-        ready = prepare(graph, public_input, commit_input, logrows, srs_path, srs_sha256, say)
+        ready = prepare(graph, public_input, commit_input, logrows, lookups, srs_path, srs_sha256, say)
     write_bytes(out, ready.package)
     circuit, keys = ready.lowered.circuit, ready.keys
     result = {

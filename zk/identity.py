@@ -27,6 +27,7 @@ def circuit_id(circuit: Circuit, srs_sha256: str, ezkl_version: str) -> str:
         "onnx_sha256": hashlib.sha256(circuit.onnx).hexdigest(),
         "logrows": circuit.logrows,
         "rows": circuit.rows,
+        "lookups": circuit.lookups,
         "inputs": [[group.name, group.committed, *map(list, group.members)] for group in circuit.inputs],
         "public": pack_public(circuit.public),
         "run_args": run_arguments(circuit.logrows, bool(committed_inputs(circuit))),

@@ -23,6 +23,7 @@ def pack_circuit(circuit: Circuit) -> dict[str, Any]:
         "rows": circuit.rows,
         "public": pack_public(circuit.public),
         "committed": [size for _, size in committed_inputs(circuit)],
+        "lookups": circuit.lookups,
     }
 
 

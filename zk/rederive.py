@@ -66,6 +66,7 @@ def package_fault(
         logrows=package.logrows,
         challenged=any(tensor.challenge for tensor in package.public),
         commit_input=any(name == COMMITTED_INPUT for name, _ in package.committed),
+        lookups=any(tensor.name == "anchor" for tensor in package.public),
     )
     sample = lowered.witness(sample_input(graph))
     # The keys, with a proving key among them, live no longer than this block.

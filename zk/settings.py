@@ -100,6 +100,7 @@ def check_settings(
     committed: Sequence[int],
     ezkl_version: str,
     rows: int | None = None,
+    lookups: bool = True,
 ) -> None:
     """Refuse settings under which a proof would not mean what we say it means.
 
@@ -110,6 +111,7 @@ def check_settings(
         committed: sizes of the inputs the proof commits to, in order; empty where inputs are plainly private.
         ezkl_version: version the settings must have been made by.
         rows: predicted number of rows; None if unknown (a verifier does not know it).
+        lookups: whether the circuit may have any (a verifier need not know).
 
     Raises:
         MambaintError: naming the first setting that is wrong.
@@ -147,9 +149,10 @@ def check_settings(
     scales = _at(settings, "model_input_scales")
     if not isinstance(scales, list) or not _same(scales, [0] * len(scales)):
         _refuse(f"model_input_scales is {scales!r} and must be all 0", builder)
-    lookups = _at(settings, "required_lookups")
-    if not _same(lookups, []) and not _same(lookups, [_LOOKUP]):
-        _refuse(f"required_lookups is {lookups!r} and must be none or {[_LOOKUP]!r}", builder)
+    allowed = [[], [_LOOKUP]] if lookups else [[]]
+    required = _at(settings, "required_lookups")
+    if not any(_same(required, value) for value in allowed):
+        _refuse(f"required_lookups is {required!r} and must be one of {allowed!r}", builder)
     _check_size(settings, logrows, public, committed, rows, builder)
 
 

@@ -37,6 +37,7 @@ def prepare(
     public: tuple[PublicTensor, ...],
     committed: Sequence[int] = (),
     rows: int | None = None,
+    lookups: bool = True,
 ) -> None:
     """Turn ``folder/circuit.onnx`` into guarded, canonical ``settings.json`` and ``model.ezkl``.
 
@@ -56,6 +57,7 @@ def prepare(
         committed=committed,
         ezkl_version=ezkl_calls.installed_version(),
         rows=rows,
+        lookups=lookups,
     )
     settings.write_bytes(canonical_settings(parsed))
     ezkl_calls.compile_circuit(onnx, folder / "model.ezkl", settings)

@@ -91,7 +91,8 @@ def setup(job: dict[str, Any], scratch: Path) -> dict[str, Any]:
     """Make the keys of the circuit in a folder, and prove one sample with them for the proof's length."""
     folder, circuit, srs = Path(job["folder"]), job["circuit"], Path(job["srs"])
     started = time.perf_counter()
-    table.check_edges(scratch / "edges", circuit["logrows"], bool(circuit["committed"]))
+    if circuit["lookups"]:
+        table.check_edges(scratch / "edges", circuit["logrows"], bool(circuit["committed"]))
     public = unpack_public(circuit["public"])
     table.prepare(
         folder,
@@ -99,6 +100,7 @@ def setup(job: dict[str, Any], scratch: Path) -> dict[str, Any]:
         public=public,
         committed=circuit["committed"],
         rows=circuit["rows"],
+        lookups=circuit["lookups"],
     )
     ezkl_calls.setup(folder / "model.ezkl", folder / "vk.key", folder / "pk.key", srs)
     seconds = time.perf_counter() - started
@@ -133,6 +135,7 @@ def mock(job: dict[str, Any], scratch: Path) -> dict[str, Any]:
         public=public,
         committed=circuit["committed"],
         rows=circuit["rows"],
+        lookups=circuit["lookups"],
     )
     compiled, witness = scratch / "model.ezkl", scratch / "witness.json"
     accepted = []

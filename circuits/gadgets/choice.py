@@ -23,7 +23,7 @@ def one_hot(b: Cells, name: str, rows: int, choices: int, pick: Callable[[Get], 
         return honest
 
     e = b.relu(b.private(f"{name}.one_hot", (rows, choices), 0, 1, hot))
-    window = 1 << b.logrows
+    window = 1 << b.window
     ones = np.broadcast_to(b.constant([1]), (rows, 1))
     excess = b.constant(np.array([window] * choices + [-window], dtype=object))
     b.check(b.dot("tk,k->t", np.concatenate([e, ones], 1), excess, (0, 0)))
@@ -36,19 +36,21 @@ def pointer(b: Cells, name: str, x: Ids, low: int, choices: int) -> Ids:
     2^k (sum_j (low + j) e_j - x) is in the table only if it is 0, and one e_j only is 1.
     """
     e = one_hot(b, name, len(x), choices, lambda get: get(x) - low)
-    window = 1 << b.logrows
+    window = 1 << b.window
     index = b.constant(np.array([window * (low + j) for j in range(choices)] + [-window], dtype=object))
     b.check(b.dot("tk,k->t", np.concatenate([e, x[:, None]], 1), index, (0, 0)))
     return e
 
 
 def bit(b: Cells, name: str, shape: tuple[int, ...], hint: Callable[[Get], Values]) -> Ids:
-    """Private cells proven 0 or 1, by two lookups: g, hence an integer of the table, and -2^(k-1) g.
+    """Private cells proven 0 or 1: by one check if it is tight, or by two lookups: g, hence an integer of the
+    table, and -2^(k-1) g.
 
     The table starts at -2^(k-1) and ends below 2^(k-1): g < 0 and g > 1 both leave it.
     """
     g = b.check(b.private(name, shape, 0, 1, hint))
-    b.check(b.mul(g, b.constant([b.low])))
+    if not b.proves(g, 0, 1):
+        b.check(b.mul(g, b.constant([b.low])))
     return g
 
 
@@ -58,8 +60,9 @@ def compare(x: Value, y: Value | IntArray, name: str) -> Ids:
     Where D and D + 1 fit the table, g = max(D + 1, 0) - max(D, 0): 1 for an integer D >= 0, 0 for one below.
     Five cells, none of them private: there is nothing to lie about.
 
-    Beyond, g is a private bit and (2 g - 1) D - (1 - g) >= 0: for g = 1 that is D >= 0, for g = 0 it is
-    -D - 1 >= 0, so just one of the two passes. Nothing wraps: D is within its proven bounds, g within 0..1.
+    Beyond, and where a tight check makes that cheaper, g is a private bit and (2 g - 1) D - (1 - g) >= 0:
+    for g = 1 that is D >= 0, for g = 0 it is -D - 1 >= 0, so just one of the two passes. Nothing wraps: D
+    is within its proven bounds, g within 0..1.
     """
     b, ids = x.builder, x.cells()
     if isinstance(y, Value):
@@ -69,7 +72,7 @@ def compare(x: Value, y: Value | IntArray, name: str) -> Ids:
         difference = b.sub(ids, b.constant(y))
         low, high = x.type.low - int(np.max(y)), x.type.high - int(np.min(y))
     least, most = b.bounds(difference)
-    if b.fits(least, most + 1):
+    if b.fits(least, most + 1) and not b.tight:
         above = b.add(difference, b.constant([1])) if isinstance(y, Value) else b.sub(ids, b.constant(y - 1))
         return b.sub(b.relu(above), b.relu(difference))
 

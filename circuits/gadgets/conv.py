@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from circuits.cells import Get, Ids, Values
-from circuits.gadgets.values import Accumulation, Claimed, Grid, Summed, Value, total_weight
+from circuits.gadgets.values import Accumulation, Claimed, Grid, Summed, Value
 from mamba_int.graph import IntArray, Node, TensorType
 
 
@@ -45,7 +45,7 @@ class _ConvolvedValue(Claimed):
             later = b.dot("tc,t->c", beyond, powers[steps:])
             parts.append((b.dot("ac,c->a", later[None], grid.rows), -1))
         if self._bias.any():
-            once = total_weight(b, grid.columns)
+            once = b.total_weight(grid.columns)
             biases = b.dot("ac,c->a", grid.rows[None], b.constant(self._bias.astype(object)))
             parts.append((b.mul(biases, once), 1))
         return parts

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 
 from circuits.cells import Cells, Get, Ids, Values
-from circuits.gadgets.values import Accumulation, Claimed, Computed, Grid, Hint, Summed, Value, total_weight
+from circuits.gadgets.values import Accumulation, Claimed, Computed, Grid, Hint, Summed, Value
 from mamba_int.graph import IntArray, TensorType
 from mamba_int.operations.base import rounding_shift
 
@@ -19,6 +19,9 @@ FLOAT_BITS = 126
 FIELD_BITS = 250
 """A packed number stays below 2^250, far from wrapping in the field."""
 
+CELLS_PER_BIT = 3
+"""What a tight check costs, roughly."""
+
 
 class LinearValue(Value):
     """x W^T + b of a tensor with time axis, [T, J].
@@ -26,6 +29,8 @@ class LinearValue(Value):
     As cells: the accumulators are the digits, base 2^k, of one packed product; each is looked up, so is
     unique, because the proven bound of the accumulators keeps every digit inside the table. The lowest digit
     is not given but computed, so its lookup *is* the equality check.
+
+    Tight checks can cost more than plain dots; then these are made instead.
 
     Shifted: the digits, base 2^(2k), are m acc = 2^k q + rho with q and rho both looked up.
     """
@@ -39,17 +44,30 @@ class LinearValue(Value):
         self._bias = bias if bias is not None else np.zeros(len(weight), np.int64)
 
     @property
-    def _fits(self) -> bool:
-        return self.builder.fits(self.type.low, self.type.high)
+    def _packs(self) -> bool:
+        """Whether the accumulators are digits of a packed product."""
+        b, bits = self.builder, (self.type.high - self.type.low).bit_length()
+        if b.tight and CELLS_PER_BIT * bits > self._weight.shape[1]:
+            return False
+        return b.fits(self.type.low, self.type.high)
+
+    def _digit_bits(self, tensor: TensorType) -> int:
+        """Bits of a base in which checked cells of a type are unique digits, and x fits."""
+        low, high = self.builder.bounds(self._source.cells())
+        return self.builder.digit_bits(min(low, tensor.low), max(high, tensor.high))
+
+    def _pack_bits(self, tensor: TensorType, fine: int, coarse: int) -> int:
+        """The same for quotients of a type together with their remainders."""
+        return self._digit_bits(tensor) + fine + self.builder.scale(fine).bit_length() - 1 + coarse
 
     def _exact(self, start: int, stop: int) -> Callable[[Get], Values]:
         x = self._source.cells()[start:stop]
         return lambda get: get(x) @ self._weight.T + self._bias
 
     def _emit(self) -> Ids:
-        if not self._fits:
+        if not self._packs:
             return self.accumulation().emit(self.builder)
-        b, k = self.builder, self.builder.logrows
+        b, k = self.builder, self._digit_bits(self.type)
         steps = len(self._source.cells())
         group = FLOAT_BITS // k
         most = min(2 * group, FIELD_BITS // k)
@@ -78,7 +96,7 @@ class LinearValue(Value):
         return np.concatenate(packs)
 
     def shifted(self, name: str, tensor: TensorType, places: int) -> Value:
-        b, k = self.builder, self.builder.logrows
+        b, k = self.builder, self.builder.window
         if places > 2 * (k - 4) or not b.fits(tensor.low, tensor.high):
             return super().shifted(name, tensor, places)
         return Computed(b, name, tensor, lambda: self._emit_shifted(name, tensor, places))
@@ -89,9 +107,8 @@ class LinearValue(Value):
         The second form splits the remainder as ``Shifted`` does: h is checked against a window of exactly
         2^c, and the digits have base 2^(2k+c), which is still wider than their range.
         """
-        k = self.builder.logrows
-        fine = min(places, k - 4)
-        steps, bits = len(self._source.cells()), 2 * k + places - fine
+        fine = min(places, self.builder.window - 4)
+        steps, bits = len(self._source.cells()), self._pack_bits(tensor, fine, places - fine)
         most = min(2 * (FLOAT_BITS // bits), FIELD_BITS // bits)
         packs = [
             self._emit_pack(name, tensor, start, min(start + most, steps), fine, places - fine)
@@ -100,8 +117,11 @@ class LinearValue(Value):
         return np.concatenate(packs)
 
     def _emit_pack(self, name: str, tensor: TensorType, start: int, stop: int, fine: int, coarse: int) -> Ids:
-        b, k, places = self.builder, self.builder.logrows, fine + coarse
-        m, window, bits = 1 << (k - fine), 1 << (k - 1), 2 * k + coarse
+        b, places, bits = self.builder, fine + coarse, self._pack_bits(tensor, fine, coarse)
+        m = b.scale(fine)
+        # Bits of the remainder's window.
+        k = fine + m.bit_length() - 1
+        window = 1 << (k - 1)
         half = 1 << (fine - 1) if coarse else 0
         exact, suffix = self._exact(start, stop), f"{start}" if start else ""
         shape = (stop - start, len(self._weight))
@@ -119,7 +139,7 @@ class LinearValue(Value):
                 return (rest >> fine) - reach
 
             h = b.check(b.private(f"{name}.h{suffix}", shape, -reach, reach - 1, limb))
-            b.check(b.mul(h, b.constant([1 << (k - coarse)])))
+            b.check(b.mul(h, b.constant([b.scale(coarse)])))
             parts.append((h, k))
 
         def remainder(get: Get) -> Values:
@@ -138,12 +158,12 @@ class LinearValue(Value):
         return q
 
     def sliced(self, name: str, tensor: TensorType, start: int, stop: int) -> Value:
-        if self._fits:
+        if self._packs:
             return super().sliced(name, tensor, start, stop)
         return LinearValue(self._source, name, tensor, self._weight[start:stop], self._bias[start:stop])
 
     def accumulation(self) -> Accumulation:
-        if self._fits:
+        if self._packs:
             return super().accumulation()
         return direct(self._source, self._weight, self._bias, self.type)
 
@@ -231,7 +251,7 @@ class _Projection:
                 if (~biased).any():
                     sums[~biased] = b.dot("kj,kj->j", left[:, ~biased], b.constant(right[:, ~biased]))
                 if biased.any():
-                    once = np.broadcast_to(total_weight(b, weights), (1, biased.sum()))
+                    once = np.broadcast_to(b.total_weight(weights), (1, biased.sum()))
                     left = np.concatenate([left[:, biased], once])
                     right = np.concatenate([right[:, biased], self.bias[None, biased].astype(object)])
                     sums[biased] = b.dot("kj,kj->j", left, b.constant(right))

@@ -118,7 +118,7 @@ class _Chunk:
         b = self.b
 
         def multiple(m: int) -> Ids:
-            if scaled is not None and m == 1 << (b.logrows - places):
+            if scaled is not None and m == b.scale(places):
                 return scaled[None]
             return (right if m == 1 else b.mul(right, b.constant([m])))[None]
 
@@ -137,8 +137,8 @@ class _Chunk:
         b, k, fA = self.b, self.a["decay_bits"], self.a["A_bits"]
         scale = 1 << (fA - k)
         carried = self.H is not None
-        multiplies = self.length > 1 and b.logrows - k >= 4
-        scaled = b.mul(self.n, b.constant([1 << (b.logrows - k)])) if multiplies else None
+        multiplies = self.length > 1 and b.window - k >= 4
+        scaled = b.mul(self.n, b.constant([b.scale(k)])) if multiplies else None
         for t in range(self.length):
             own = b.sub(
                 b.constant([1 << fA]), b.mul(self.n[t], b.constant([scale])) if scale > 1 else self.n[t]
@@ -195,7 +195,7 @@ class _Chunk:
         with b.part(f"{self.node.name}.M"):
             left = np.stack([self._A[pair] for pair in self.pairs])
             G = np.stack([self.G[pair] for pair in self.pairs])
-            m = 1 << (b.logrows - places) if b.logrows - places >= 4 else 0
+            m = b.scale(places) if b.window - places >= 4 else 0
             scaled = np.broadcast_to(b.mul(G, b.constant([m])), left.shape) if m else None
             M = self._product(
                 f"{self.name}.M", left, np.broadcast_to(G, left.shape), scaled, self.bounds.M, places

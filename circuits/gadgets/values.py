@@ -207,13 +207,6 @@ class Grid:
     columns: Ids
 
 
-def total_weight(b: Cells, weights: Ids) -> Ids:
-    """The sum of weights, [1]."""
-    if len(weights) == 1:
-        return weights
-    return b.dot("ai,i->a", weights[None], np.broadcast_to(b.constant([1]), weights.shape))
-
-
 class Claimed(Value):
     """A tensor that is a sum of products, checked as a whole at a random point instead of element by element.
 
@@ -261,7 +254,7 @@ class Claimed(Value):
         left = b.dot("ki,i->k", np.stack(sums), grid.rows)
         parts = [(left[i], c) for i, (_, c) in enumerate(limbs)]
         if constant:
-            parts.append((b.mul(total_weight(b, grid.columns), total_weight(b, grid.rows)), constant))
+            parts.append((b.mul(b.total_weight(grid.columns), b.total_weight(grid.rows)), constant))
         b.claim(parts + [(ids, -m * c) for ids, c in self.products()])
 
 
@@ -283,12 +276,12 @@ class Shifted(Value):
 
     def _quotient(self, offset: int) -> Ids:
         """q - offset as private cells, constrained but not yet looked up as itself."""
-        b, k, s = self.builder, self.builder.logrows, self._places
+        b, k, s = self.builder, self.builder.window, self._places
         fine = min(s, k - 4)
         coarse = s - fine
         if coarse > k - 4:
             raise CircuitTooNarrow(f"{self.name} (a shift by {s})", 1 << (s // 2 + 3))
-        m = 1 << (k - fine)
+        m = b.scale(fine)
         if isinstance(self._source, Claimed):
             self._source.products()
             shape, exact = self.type.shape, self._source.exact
@@ -316,8 +309,8 @@ class Shifted(Value):
             b.check(b.mul(h, b.constant([1 << (k - coarse)])))
             limbs.append((h, m << fine))
             constant += m << (fine - 1)
-        window = 1 << (k - 1)
-        bounds = (-window, window - m)
+        half = m << (fine - 1)
+        bounds = (-half, half - m)
         if isinstance(self._source, Claimed):
 
             def remainder(get: Get) -> Values:
@@ -342,7 +335,7 @@ class Shifted(Value):
         self, quotient: Hint, shape: tuple[int, ...], offset: int, unit: int
     ) -> tuple[Ids, list[tuple[Ids, int]]]:
         """q as cells, and as limbs with their coefficients in the remainder's equation."""
-        b, k = self.builder, self.builder.logrows
+        b, k = self.builder, self.builder.window
         low, high = self.type.low - offset, self.type.high - offset
         if b.fits(low, high):
             q = b.private(f"{self.name}.q", shape, low, high, quotient)
@@ -403,7 +396,14 @@ def check_range(b: Cells, ids: Ids, low: int, high: int) -> Ids:
     otherwise two, one for either end.
     """
     b.check(ids)
-    if (low, high) == (b.low, b.high):
+    if b.proves(ids, low, high):
+        return ids
+    if b.tight:
+        # The check just made proves the lower end, and one of high - v proves the upper.
+        least, most = b.bounds(ids)
+        if least < low or most > high:
+            raise ValueError(f"cells declared in {least}..{most} are to be proven in {low}..{high}")
+        b.check(b.sub(b.constant([high]), ids))
         return ids
     room, width = b.high - b.low, high - low
     if width > room:
@@ -424,9 +424,17 @@ def nonnegative(b: Cells, name: str, terms: list[tuple[Ids, int]], constant: int
 
     The sum equals r + 2^(k-1) sum_i 2^(i (k-2)) a_i with every a_i >= 0 (through relu) and r in [0, 2^k - 9].
     Limbs are not unique, but decide nothing else. Honest limbs but the highest have k - 2 bits: the table
-    ends 9 short of k - 1.
+    ends 9 short of k - 1. Where checks are tight, one of the sum itself proves it to be from 0 upwards.
     """
-    k = b.logrows
+    k, shape = b.window, terms[0][0].shape
+    letters = LETTERS[: len(shape)]
+    ones = np.broadcast_to(b.constant(np.ones(1, dtype=object)), shape)
+    if b.tight:
+        terms = [*terms, (ones, constant)] if constant else terms
+        weights = b.constant(np.array([c for _, c in terms], dtype=object))
+        stacked = np.stack([ids for ids, _ in terms])
+        b.check(b.dot(f"k{letters},k->{letters}", stacked, weights, (0, high)))
+        return
     coefficients = [c for _, c in terms]
 
     def total(get: Get) -> Values:
@@ -434,7 +442,6 @@ def nonnegative(b: Cells, name: str, terms: list[tuple[Ids, int]], constant: int
         result: Values = sum(parts[1:], parts[0]) + constant
         return result
 
-    shape = terms[0][0].shape
     lefts, rights = [ids for ids, _ in terms], list(coefficients)
     places = [k - 1]
     while high >> places[-1] > b.high:
@@ -451,9 +458,8 @@ def nonnegative(b: Cells, name: str, terms: list[tuple[Ids, int]], constant: int
         lefts.append(a)
         rights.append(-(1 << place))
     if constant - (1 << (k - 1)):
-        lefts.append(np.broadcast_to(b.constant(np.ones(1, dtype=object)), shape))
+        lefts.append(ones)
         rights.append(constant - (1 << (k - 1)))
-    letters = LETTERS[: len(shape)]
     rest = b.dot(
         f"k{letters},k->{letters}",
         np.stack(lefts),
@@ -472,7 +478,7 @@ def wide_clamp(value: Value, low: int, high: int) -> Ids:
     zero: that is how the three equations are enforced.
     """
     b, x, tensor = value.builder, value.cells(), value.type
-    zero_or_out, limb_size = 1 << b.logrows, 1 << (b.logrows - 2)
+    zero_or_out, limb_size = 1 << b.window, 1 << (b.window - 2)
     y = b.private(f"{value.name}.clamped", x.shape, low, high, lambda get: np.clip(get(x), low, high))
     check_range(b, y, low, high)
     parts = [(x, 1), (y, -1)]

@@ -29,13 +29,16 @@ from zk.prove import mock
 @functools.cache
 def built(name: str) -> tuple[Graph, LoweredCircuit]:
     """The graph and the circuit of a name in ``FORMS`` or ``MODEL_FORMS``."""
-    plain = name.removesuffix(CLAIMED)
+    form = name.removesuffix(POLYNOMIAL)
+    plain = form.removesuffix(CLAIMED)
     graph = GRAPHS[plain]() if plain in GRAPHS else native_graph(**MODELS[plain])
-    return graph, build_circuit(graph, challenged=name != plain)
+    return graph, build_circuit(graph, challenged=form != plain, lookups=form == name)
 
 
 CLAIMED = "@claimed"
 """Behind a name: the form whose products are checked at a random point."""
+POLYNOMIAL = "@polynomial"
+"""Behind either: the form without lookups."""
 
 FORMS = [
     *GRAPHS,

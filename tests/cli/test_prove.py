@@ -18,6 +18,7 @@ from cli.main import main
 from mamba_int.graph import Graph
 from mamba_int.interpreter import evaluate
 from tests.circuits_runtime.models import random_graph
+from zk.package import read_package
 
 Capture = pytest.CaptureFixture[str]
 CLASSES = ["a", "b", "c", "d", "e"]
@@ -111,6 +112,16 @@ def test_public_input_is_part_of_the_statement(folder: Path, cli: Cli) -> None:
     forged = json.dumps(document, sort_keys=True, separators=(",", ":")) + "\n"
     (folder / "p/forged.json").write_text(forged)
     assert not cli.json("verify", "p/forged.json")["valid"]
+
+
+def test_a_proof_without_lookups_says_so_and_is_of_another_circuit(folder: Path, cli: Cli) -> None:
+    plain = cli.json("setup", "--model", "model.mint", "--out", "s/verifier.zip")
+    made = cli.json("setup", "--model", "model.mint", "--lookups", "none", "--out", "n/verifier.zip")
+    assert made["circuit_id"] != plain["circuit_id"]
+    for path, lookups in (("n/verifier.zip", "none"), ("s/verifier.zip", "table")):
+        package, _ = read_package(folder / path)
+        assert package.statement["lookups"] == lookups
+        assert (json.loads(package.settings)["required_lookups"] == []) == (lookups == "none")
 
 
 def test_keys_are_made_once_and_setup_writes_the_package_prove_writes(folder: Path, cli: Cli) -> None:

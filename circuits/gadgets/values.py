@@ -428,9 +428,12 @@ def nonnegative(b: Cells, name: str, terms: list[tuple[Ids, int]], constant: int
     """
     k, shape = b.window, terms[0][0].shape
     letters = LETTERS[: len(shape)]
-    ones = np.broadcast_to(b.constant(np.ones(1, dtype=object)), shape)
+
+    def ones() -> Ids:
+        return np.broadcast_to(b.constant(np.ones(1, dtype=object)), shape)
+
     if b.tight:
-        terms = [*terms, (ones, constant)] if constant else terms
+        terms = [*terms, (ones(), constant)] if constant else terms
         weights = b.constant(np.array([c for _, c in terms], dtype=object))
         stacked = np.stack([ids for ids, _ in terms])
         b.check(b.dot(f"k{letters},k->{letters}", stacked, weights, (0, high)))
@@ -458,7 +461,7 @@ def nonnegative(b: Cells, name: str, terms: list[tuple[Ids, int]], constant: int
         lefts.append(a)
         rights.append(-(1 << place))
     if constant - (1 << (k - 1)):
-        lefts.append(ones)
+        lefts.append(ones())
         rights.append(constant - (1 << (k - 1)))
     rest = b.dot(
         f"k{letters},k->{letters}",

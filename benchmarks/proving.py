@@ -32,9 +32,10 @@ from zk.calibration import measure
 RESULT = Path(__file__).parent / "results" / "proving.json"
 SEEDS = (0, 1, 2)
 REPEATS = 3
-LONG: dict[str, Any] = {"d_model": 64, "n_layer": 2, "seq_len": 32}
-"""The longer shape, at every chunk size its bit budget allows."""
+LONG = "digits-large"
+LONG_STEPS = 32
 CHUNKS = (8, 32)
+"""The longer shape (d_model 64, two layers) at the chunk sizes its bit budget allows; untrained."""
 
 
 def forms(graph: Graph) -> dict[str, LoweredCircuit]:
@@ -92,7 +93,7 @@ def main() -> None:
             print(seed, {name: line[name]["rows"] for name in line if name != "seed"}, flush=True)
     result["long"] = {}
     for chunk in CHUNKS:
-        config = MambaIntConfig(**{**read_preset("digits")["model"], **LONG, "chunk_size": chunk})
+        config = MambaIntConfig(**{**read_preset(LONG)["model"], "seq_len": LONG_STEPS, "chunk_size": chunk})
         graph = random_model(config)
         result["long"][str(chunk)] = {name: size(lowered, graph) for name, lowered in forms(graph).items()}
         print(chunk, result["long"][str(chunk)], flush=True)

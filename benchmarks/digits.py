@@ -95,6 +95,8 @@ def main(folder: Path) -> None:
     result: dict[str, Any] = {"hardware": hardware()}
     result["digits"] = train_seeds("digits", folder, twin=True)
     result["digits-large"] = train_seeds("digits-large", folder, twin=False)
+    large = ("quantize", str(folder / "digits-large-0"), "--out", str(folder / "model-large"))
+    result["digits-large"]["quantize"] = mambaint(*large)
     run = folder / "digits-0"
     result["quantize"] = mambaint("quantize", str(run), "--out", str(folder / "model"))
     model = Path(result["quantize"]["model"])

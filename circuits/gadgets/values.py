@@ -309,8 +309,8 @@ class Shifted(Value):
             b.check(b.mul(h, b.constant([1 << (k - coarse)])))
             limbs.append((h, m << fine))
             constant += m << (fine - 1)
-        half = m << (fine - 1)
-        bounds = (-half, half - m)
+        window = m << (fine - 1)
+        bounds = (-window, window - m)
         if isinstance(self._source, Claimed):
 
             def remainder(get: Get) -> Values:

@@ -134,7 +134,7 @@ def test_the_package_says_whether_its_circuit_has_lookups(
     monkeypatch.setattr("zk.keys.make_keys", Made)
     monkeypatch.setattr("zk.srs.development_srs", lambda logrows: None)
     graph, _ = random_graph(**FORMS)
-    ready = prepare(graph, False, lookups, None, None, lambda _: None)
+    ready = prepare(graph, False, False, None, lookups, None, None, lambda _: None)
     assert ready.lowered.circuit.lookups is reads_table
 
 

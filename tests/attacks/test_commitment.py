@@ -99,7 +99,8 @@ def make(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Make
         srs = development_srs(logrows, srs_cache)
         keys = make_keys(lowered.circuit, witness, srs, cache)
         folders.append(keys.folder)
-        package = keys.package(statement(graph, False, commit_input) if stated is None else stated).encode()
+        described = statement(graph, False, commit_input, "table") if stated is None else stated
+        package = keys.package(described).encode()
         folder = tmp_path_factory.mktemp("made")
         (folder / "proof.json").write_bytes(prove(lowered.circuit, witness, keys, package).file)
         (folder / "verifier.zip").write_bytes(package)

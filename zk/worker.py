@@ -102,6 +102,13 @@ def setup(job: dict[str, Any], scratch: Path) -> dict[str, Any]:
         rows=circuit["rows"],
         lookups=circuit["lookups"],
     )
+    inputs, values = job["sample"]["inputs"], job["sample"]["public"]
+    # Proving a witness that breaks a constraint may never return, so the constraints are asked first.
+    if not _satisfies(inputs, [None] * len(values), None in values, folder / "model.ezkl", scratch):
+        raise MambaintError(
+            "the circuit's constraints refuse its sample, so no keys were made",
+            "this is a fault of the circuit builder: report it with the model",
+        )
     ezkl_calls.setup(folder / "model.ezkl", folder / "vk.key", folder / "pk.key", srs)
     seconds = time.perf_counter() - started
     sample = _prove(job["sample"], circuit, folder, srs, scratch)
@@ -137,22 +144,34 @@ def mock(job: dict[str, Any], scratch: Path) -> dict[str, Any]:
         rows=circuit["rows"],
         lookups=circuit["lookups"],
     )
-    compiled, witness = scratch / "model.ezkl", scratch / "witness.json"
-    accepted = []
-    for claim in job["claims"]:
-        inputs = claim["inputs"]
-        if claim["challenged"]:
-            # Without keys there are no commitments; a hash of the inputs themselves fixes them as well.
-            inputs = _with_challenge(inputs, derive_challenge("", {}, canonical_json(inputs)))
-        computed = ezkl_calls.gen_witness(_write_inputs(scratch, inputs), compiled, witness)
-        written = read_json(witness)
-        written["outputs"] = [
-            own if claimed is None else claimed
-            for own, claimed in zip(computed, claim["public"], strict=True)
+    compiled = scratch / "model.ezkl"
+    return {
+        "accepted": [
+            _satisfies(claim["inputs"], claim["public"], claim["challenged"], compiled, scratch)
+            for claim in job["claims"]
         ]
-        witness.write_text(json.dumps(written))
-        accepted.append(ezkl_calls.mock(witness, compiled))
-    return {"accepted": accepted}
+    }
+
+
+def _satisfies(
+    inputs: list[list[str]],
+    public: list[list[str] | None],
+    challenged: bool,
+    compiled: Path,
+    scratch: Path,
+) -> bool:
+    """Whether the constraints accept a witness; public values that are None are what the circuit computes."""
+    witness = scratch / "witness.json"
+    if challenged:
+        # Without keys there are no commitments; a hash of the inputs themselves fixes them as well.
+        inputs = _with_challenge(inputs, derive_challenge("", {}, canonical_json(inputs)))
+    computed = ezkl_calls.gen_witness(_write_inputs(scratch, inputs), compiled, witness)
+    written = read_json(witness)
+    written["outputs"] = [
+        own if claimed is None else claimed for own, claimed in zip(computed, public, strict=True)
+    ]
+    witness.write_text(json.dumps(written))
+    return ezkl_calls.mock(witness, compiled)
 
 
 JOBS: dict[str, Callable[[dict[str, Any], Path], dict[str, Any]]] = {

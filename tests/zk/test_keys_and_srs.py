@@ -174,6 +174,14 @@ def test_sample_that_disagrees_makes_no_keys(honest: Honest, tmp_path: Path) -> 
     assert not list((tmp_path / "keys").glob("[!.]*"))
 
 
+def test_sample_that_breaks_a_range_check_is_refused_and_not_proved_forever(
+    honest: Honest, tmp_path: Path
+) -> None:
+    with pytest.raises(MambaintError, match="constraints refuse its sample"):
+        make_keys(honest.circuit, tiny_witness((1 << 20, 1, 1)), honest.srs, tmp_path)
+    assert not list((tmp_path / "keys").glob("[!.]*"))
+
+
 def test_keys_and_package_of_different_circuits(honest: Honest, other: Honest) -> None:
     with pytest.raises(MambaintError, match="do not belong together"):
         prove(honest.circuit, honest.witness, honest.keys, other.package_bytes)

@@ -117,8 +117,10 @@ def test_public_input_is_part_of_the_statement(folder: Path, cli: Cli) -> None:
 
 @pytest.mark.parametrize(("lookups", "reads_table"), [("none", False), ("table", True)])
 def test_the_package_says_whether_its_circuit_has_lookups(
-    lookups: str, reads_table: bool, monkeypatch: pytest.MonkeyPatch
+    lookups: str, reads_table: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    monkeypatch.setenv("MAMBAINT_CACHE", str(tmp_path))
+
     # Only the circuit and the statement: keys of so many rows take half a minute.
     class Made:
         def __init__(self, circuit: Circuit, *_: Any) -> None:

@@ -22,8 +22,7 @@ import torch
 from benchmarks.estimate import random_model
 from benchmarks.hardware import hardware
 from circuits.breakdown import breakdown, totals
-from circuits.cells import CircuitTooNarrow
-from circuits.lowering import LARGEST_LOGROWS, MARGIN_ROWS, LoweredCircuit, lower
+from circuits.lowering import LoweredCircuit, build_circuit
 from mamba_int.config import MambaIntConfig
 from mamba_int.experiment import read_preset
 from mamba_int.graph import Graph
@@ -40,17 +39,10 @@ CHUNKS = (8, 32)
 
 def forms(graph: Graph) -> dict[str, LoweredCircuit]:
     """Both forms of a model's circuit, each at the fewest rows that hold it."""
-    result = {}
-    for name, challenged in (("packed", False), ("claimed", True)):
-        for logrows in range(10, LARGEST_LOGROWS + 1):
-            try:
-                lowered = lower(graph, logrows, False, challenged)
-            except CircuitTooNarrow:
-                continue
-            if lowered.circuit.rows + MARGIN_ROWS <= 1 << logrows:
-                result[name] = lowered
-                break
-    return result
+    return {
+        name: build_circuit(graph, challenged=challenged)
+        for name, challenged in (("packed", False), ("claimed", True))
+    }
 
 
 def size(lowered: LoweredCircuit, graph: Graph) -> dict[str, Any]:

@@ -13,12 +13,11 @@ from tempfile import TemporaryDirectory
 from circuits.circuit import COMMITTED_INPUT
 from circuits.lowering import build_circuit
 from circuits.sample import sample_input
-from mamba_int.errors import MambaintError
 from mamba_int.graph import Graph
 from zk.keys import make_keys
 from zk.package import Package, read_package
 from zk.srs import Srs, find_srs
-from zk.verify import Verdict, verify
+from zk.verify import Verdict, check, read_proof
 
 OTHER_KEY = "the verifying key is not that of this model"
 
@@ -45,12 +44,12 @@ def verify_rederived(
         MambaintError: if it cannot be checked: the faults of ``verify``, a missing or other SRS, too little
             memory, a crash of EZKL.
     """
-    verdict = verify(proof_path, package_path, expected_model_id)
     package, digest = read_package(package_path)
-    if digest != verdict.package_sha256:
-        raise MambaintError(f"{package_path} was changed while it was checked", "check it again")
-    reason = verdict.reason or package_fault(package, graph, srs_path, cache)
-    return verdict if not reason else replace(verdict, valid=False, reason=reason, public={})
+    verdict = check(read_proof(proof_path), package, digest, expected_model_id)
+    if not verdict.valid:
+        return verdict
+    reason = package_fault(package, graph, srs_path, cache)
+    return verdict.refused(reason) if reason else verdict
 
 
 def package_fault(

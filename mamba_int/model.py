@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mamba_int.config import MambaIntConfig
 from mamba_int.executor import execute_nodes
+from mamba_int.fusion import execute_plan, plan
 from mamba_int.native import (
     BIAS_LIMIT,
     MAX_FRAC,
@@ -27,9 +28,12 @@ from mamba_int.native import (
 )
 from triton_kernels.clamp import saturate
 from triton_kernels.straight_through import straight_through
+from triton_kernels.ternarize import ternarize, ternarize_reference
 
 SCALE_MEMORY = 0.98
 """Decay of the running mean square behind a static activation scale."""
+OBSERVED_TOKENS = 1024
+"""Where runs of nodes are fused, the static scales are estimated on so many steps of a batch."""
 SCALE_SIGMAS = 4.0
 """An activation saturates at this many root mean squares."""
 
@@ -38,16 +42,6 @@ def quantize_parameter(real: Tensor, frac: int, limit: int) -> Tensor:
     """round(real * 2^frac) clamped to +-limit, as floats; gradient of the product, straight-through."""
     smooth = real * 2.0**frac
     return saturate(straight_through(smooth, torch.floor(smooth + 0.5)), -limit, limit)
-
-
-def ternarize(weight: Tensor, frac: int) -> Tensor:
-    """BitNet b1.58 (Ma et al. 2024, arXiv 2402.17764): clamp(round(W / mean|W|), -1, 1), mean per row.
-
-    The gradient is that of ``W * 2^frac``: the scale that the following nodes apply is a power of two.
-    """
-    mean = weight.detach().abs().mean(1, keepdim=True).clamp_min(1e-5)
-    ternary = torch.floor(weight.detach() / mean + 0.5).clamp_(-1, 1)
-    return straight_through(weight * 2.0**frac, ternary)
 
 
 class MambaInt(nn.Module):
@@ -104,6 +98,8 @@ class MambaInt(nn.Module):
         # ParameterDict refuses dots in names.
         self.latent = nn.ParameterDict({name.replace(".", "/"): value for name, value in parameters.items()})
 
+        self.fused: bool | None = None
+        """Whether fused kernels run the graph; None: on a GPU."""
         self._BC_range = BC_frac_range(config)
         self.weight_scales = weight_names(config)
         self.activation_scales = activation_names(config)
@@ -159,7 +155,9 @@ class MambaInt(nn.Module):
             form = self._weight_form(owner)
             if not self.exact:
                 return weight * 2.0**frac
-            return ternarize(weight, frac) if form == "ternary" else quantize_parameter(weight, frac, 127)
+            if form == "int8":
+                return quantize_parameter(weight, frac, 127)
+            return ternarize(weight, frac) if weight.is_cuda else ternarize_reference(weight, frac)
         if key == "sign":
             return torch.sign(torch.cos(self._angles(layer, owner)).detach() + 1e-30)
         if key == "value":
@@ -274,6 +272,9 @@ class MambaInt(nn.Module):
     ) -> tuple[NativeNodes, dict[str, Tensor]]:
         built = build_nodes(self.config, self.scales(), self.constant)
         dtype = self.latent["logits/bias"].dtype
+        fused = inputs.is_cuda if self.fused is None else self.fused
+        if fused and rounding and trace is None:
+            return built, execute_plan(plan(built.nodes), built.nodes, inputs.to(dtype))
         return built, execute_nodes(built.nodes, inputs.to(dtype), trace, rounding)
 
     def forward(self, inputs: Tensor, trace: dict[str, Tensor] | None = None) -> Tensor:
@@ -292,6 +293,11 @@ class MambaInt(nn.Module):
             self._update_fracs()
         built, values = self._run(inputs, self.exact, trace)
         if learning:
+            if not built.observed.values() <= values.keys():
+                # A fused run does not write what it rounds: a few sequences, node by node, show it.
+                with torch.no_grad():
+                    few = max(1, OBSERVED_TOKENS // inputs.shape[1])
+                    values = execute_nodes(built.nodes, inputs[:few].to(values[built.output].dtype))
             self._observe_activations(built, values)
         return values[built.output] * 2.0 ** -built.nodes[-1].frac
 

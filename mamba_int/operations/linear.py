@@ -44,7 +44,7 @@ class Linear(Operation):
         return y + node.constants["bias"] if "bias" in node.constants else y
 
     def execute(self, node: Node, inputs: Sequence[Tensor], record: Record, rounding: bool) -> Tensor:
-        y: Tensor = inputs[0] @ node.constants["weight"].mT
+        y: Tensor = inputs[0] @ node.constants["weight"].to(inputs[0].dtype).mT
         return y + node.constants["bias"] if "bias" in node.constants else y
 
 

@@ -19,7 +19,7 @@ from mamba_int.graph import Node
 from mamba_int.operations import OPERATIONS
 from mamba_int.operations.norm import Norm
 from triton_kernels.chunked_ssd import ssd_requantize
-from triton_kernels.conv import Activation, conv_requantize
+from triton_kernels.conv import WIDTH, Activation, conv_requantize
 from triton_kernels.gate import HardSilu, hard_silu_gate
 from triton_kernels.linear import Rounding, linear_requantize, linear_residual, wide_linear
 from triton_kernels.narrow import NARROW, narrow_dtype
@@ -193,7 +193,7 @@ class _Planner:
 
     def conv(self, node: Node) -> Step | None:
         r = self.requantization(node.name)
-        if r is None:
+        if r is None or node.constants["taps"].shape[1] > WIDTH:
             return None
         root = self._squareplus(r)
         names = (node.name, *r.nodes, *(root or ()))

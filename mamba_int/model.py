@@ -8,6 +8,7 @@ computes the integer model bit for bit, and ``quantize`` loses nothing.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -98,6 +99,8 @@ class MambaInt(nn.Module):
         # ParameterDict refuses dots in names.
         self.latent = nn.ParameterDict({name.replace(".", "/"): value for name, value in parameters.items()})
 
+        self._known_scales: dict[str, int] = {}
+        self._known_frozen: bool | None = None
         self.fused: bool | None = None
         """Whether fused kernels run the graph; None: on a GPU."""
         self._BC_range = BC_frac_range(config)
@@ -122,12 +125,22 @@ class MambaInt(nn.Module):
     @property
     def scales_frozen(self) -> bool:
         """Whether the static scales are final."""
-        return bool(self.frozen)
+        if self._known_frozen is None:
+            self._known_frozen = bool(self.frozen)
+        return self._known_frozen
 
     def scales(self) -> dict[str, int]:
         """Binary places of every static scale, by name."""
-        names = [*self.weight_scales, *self.activation_scales]
-        return dict(zip(names, self.fracs.tolist(), strict=True))
+        # Read once: on a GPU every look at a buffer waits for all work before it.
+        if not self._known_scales:
+            names = [*self.weight_scales, *self.activation_scales]
+            self._known_scales = dict(zip(names, self.fracs.tolist(), strict=True))
+        return self._known_scales
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **options: Any) -> Any:
+        """As of every module; forgets what was known of the former scales."""
+        self._known_scales, self._known_frozen = {}, None
+        return super().load_state_dict(state_dict, *args, **options)
 
     def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
         """AdamW groups: matrices, and the small rest, at the same rate (a lower one for the rest costs)."""
@@ -164,7 +177,7 @@ class MambaInt(nn.Module):
             # literals of the forms: 4 of squareplus, 2 of hard-SiLU, -1, and the ones of the algebraic gate
             last = owner.rsplit(".", 1)[-1]
             literal = {"x_square4": 4.0, "z_plus2": 2.0, "minus_z": -1.0, "divisor": 1.0, "g_acc": 1.0}[last]
-            return torch.tensor(literal * 2.0**frac)
+            return self.parameter("logits.bias").new_full((), literal * 2.0**frac)
         real, limit = self._real(name, owner, key, layer)
         return quantize_parameter(real, frac, limit) if self.exact else real * 2.0**frac
 
@@ -172,11 +185,10 @@ class MambaInt(nn.Module):
         """The real value of a constant and the limit of its integers."""
         c = self.config
         if owner.endswith("in_proj"):
-            gate = torch.full((c.d_inner,), 0.5 if c.gate == "hard_sigmoid" else 0.0)
-            middle = torch.zeros(c.d_inner + 2 * c.d_state)
             dt = self.parameter(f"{layer}.decay_bias") * 2.0**-c.dt_gain
-            device = dt.device
-            return torch.cat([gate.to(device), middle.to(device), dt]), 1 << 13
+            gate = dt.new_full((c.d_inner,), 0.5 if c.gate == "hard_sigmoid" else 0.0)
+            middle = dt.new_zeros(c.d_inner + 2 * c.d_state)
+            return torch.cat([gate, middle, dt]), 1 << 13
         if key in ("cos", "sin", "cos_Q", "sin_Q", "lam", "gam"):
             return self._rotation(owner, key, layer), 1 << 12
         limits = {"taps": 127, "D": 127, "table": (1 << 11) - 1, "bias": BIAS_LIMIT}
@@ -193,7 +205,8 @@ class MambaInt(nn.Module):
         c = self.config
         if key in ("cos_Q", "sin_Q"):
             if c.rotation == "none":
-                return torch.full((c.d_state // 2,), 1.0 if key == "cos_Q" else 0.0)
+                one = 1.0 if key == "cos_Q" else 0.0
+                return self.parameter("logits.bias").new_full((c.d_state // 2,), one)
             whole = 2 * torch.atan(self.parameter(f"{layer}.tau")) * c.chunk_size
             return torch.cos(whole) if key == "cos_Q" else torch.sin(whole)
         angles = self._angles(layer, owner)
@@ -247,7 +260,9 @@ class MambaInt(nn.Module):
                 layer = name.removesuffix(".y")
                 most = largest_y_frac(self.config, by_name[f"{layer}.x"], by_name[f"{layer}.BC"])
                 by_name[name] = min(by_name[name], most)
-        self.fracs.copy_(torch.tensor(list(by_name.values())))
+        if by_name != self._known_scales:
+            self.fracs.copy_(torch.tensor(list(by_name.values())))
+            self._known_scales = by_name
 
     def _bits(self, name: str) -> int:
         """Width a static scale fills: ``y`` may be wider than int8, but is scaled as int8."""
@@ -264,6 +279,7 @@ class MambaInt(nn.Module):
     def freeze_scales(self) -> None:
         """Make the static scales final; training goes on with them."""
         self.frozen.fill_(True)
+        self._known_frozen = True
 
     # -- forward -----------------------------------------------------------------------------------------
 

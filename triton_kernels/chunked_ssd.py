@@ -124,20 +124,30 @@ def _scan_kernel(  # type: ignore[no-untyped-def]
     cos = tl.load(cos_Q + n, mask=n < HALF_N, other=0.0) if CARRY else tl.zeros((BLOCK_N,), tl.float32)
     sin = tl.load(sin_Q + n, mask=n < HALF_N, other=0.0) if CARRY else tl.zeros((BLOCK_N,), tl.float32)
     skip = tl.load(D + h) * D_scale
+    # Scalar bases of 64 bits, offsets of 32: half the registers of 64-bit offsets.
+    C_hat += b * T * N
+    B_hat += b * T * N
+    if CARRY:
+        B_next += b * T * N
+    x += b * T * H * P + h * P
+    out += b * T * H * P + h * P
+    square = (q < Q)[:, None] & (q < Q)[None, :]
+    in_square = q[:, None] * Q + q[None, :]
+    kept = (p < P)[:, None] & (n < HALF_N)[None, :]
+    in_state = p[:, None] * N + n[None, :]
     for chunk in range(chunks):
         time = tl.where(q < Q, chunk * Q + q, T)
-        C1, C2 = _pair(C_hat + b * T * N, time, T, N, n, HALF_N)
-        B1, B2 = _pair(B_hat + b * T * N, time, T, N, n, HALF_N)
+        C1, C2 = _pair(C_hat, time, T, N, n, HALF_N)
+        B1, B2 = _pair(B_hat, time, T, N, n, HALF_N)
         C1, C2 = C1.to(DOT), C2.to(DOT)
         G = tl.dot(C1, tl.trans(B1.to(DOT))) + tl.dot(C2, tl.trans(B2.to(DOT)))
         G = _round(G, g_factor, g_half)
         G = tl.minimum(tl.maximum(G, -G_limit), G_limit)
         decays = ((b * chunks + chunk) * H + h) * Q
-        square = (q < Q)[:, None] & (q < Q)[None, :]
-        A_ts = tl.load(A + (decays + q)[:, None] * Q + q[None, :], mask=square, other=0).to(tl.float32)
+        A_ts = tl.load(A + decays * Q + in_square, mask=square, other=0).to(tl.float32)
         M = _round(A_ts * G, m_factor, m_half)
         in_x = (time < T)[:, None] & (p < P)[None, :]
-        x_at = (b * T + time)[:, None] * (H * P) + h * P + p[None, :]
+        x_at = time[:, None] * (H * P) + p[None, :]
         X = tl.load(x + x_at, mask=in_x, other=0.0)
         X_dot = X.to(DOT)
         if WIDE_M:
@@ -154,7 +164,7 @@ def _scan_kernel(  # type: ignore[no-untyped-def]
             a = tl.load(across + decays + q, mask=q < Q, other=0).to(tl.float32)
             y += _round(a, A_u_factor, A_u_half)[:, None] * u * u_scale
             if chunk + 1 < chunks:
-                N1, N2 = _pair(B_next + b * T * N, time, T, N, n, HALF_N)
+                N1, N2 = _pair(B_next, time, T, N, n, HALF_N)
                 last = tl.load(A + (decays + Q - 1) * Q + q, mask=q < Q, other=0).to(tl.float32)[:, None]
                 beta1 = _round(last * N1.to(tl.float32), beta_factor, beta_half)
                 beta2 = _round(last * N2.to(tl.float32), beta_factor, beta_half)
@@ -170,10 +180,9 @@ def _scan_kernel(  # type: ignore[no-untyped-def]
                 turned2 = sigma * H1 + kappa * H2 + in2 * H_scale
                 H1, H2 = _round(turned1, H_factor, 0.5), _round(turned2, H_factor, 0.5)
                 if KEEP:
-                    kept = (p < P)[:, None] & (n < HALF_N)[None, :]
-                    to = ((b * H + h) * (chunks - 1) + chunk) * P * N + p[:, None] * N + n[None, :]
-                    tl.store(states + to, H1.to(tl.int16), mask=kept)
-                    tl.store(states + to + HALF_N, H2.to(tl.int16), mask=kept)
+                    to = states + ((b * H + h) * (chunks - 1) + chunk) * P * N
+                    tl.store(to + in_state, H1.to(states.dtype.element_ty), mask=kept)
+                    tl.store(to + in_state + HALF_N, H2.to(states.dtype.element_ty), mask=kept)
         y = _round(y, y_factor, y_half)
         y = tl.minimum(tl.maximum(y, low), high)
         tl.store(out + x_at, y.to(out.dtype.element_ty), mask=in_x)
@@ -189,12 +198,12 @@ def _sum_gradient(gradient, out, at, mask, low, high, factor):  # type: ignore[n
 
 @triton.jit
 def _state_gradient_kernel(  # type: ignore[no-untyped-def]
-    gradient, out, C_hat, across, cos_Q, sin_Q, d_states, T, H, chunks,
+    gradient, out, C_hat, across, cos_Q, sin_Q, states, d_states, d_through, d_cos, d_sin, T, H, chunks,
     u_factor, A_u_factor, A_u_half, u_scale, r_factor, H_factor, y_factor, low, high,
     P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, DOT: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the state that enters chunks 1, 2, ..., last first."""
+    """Gradients of the state that enters chunks 1, 2, ..., last first, and of the turns between them."""
     b, h = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
     HALF_N: tl.constexpr = N // 2
     q, n = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_N)
@@ -203,6 +212,13 @@ def _state_gradient_kernel(  # type: ignore[no-untyped-def]
     sin = tl.load(sin_Q + n, mask=n < HALF_N, other=0.0)
     d_H1 = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
     d_H2 = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
+    d_cos_sum = tl.zeros((BLOCK_N,), tl.float32)
+    d_sin_sum = tl.zeros((BLOCK_N,), tl.float32)
+    kept = (p < P)[:, None] & (n < HALF_N)[None, :]
+    in_state = p[:, None] * N + n[None, :]
+    C_hat += b * T * N
+    gradient += b * T * H * P + h * P
+    out += b * T * H * P + h * P
     for back in range(chunks - 1):
         chunk = chunks - 1 - back
         time = tl.where(q < Q, chunk * Q + q, T)
@@ -210,67 +226,84 @@ def _state_gradient_kernel(  # type: ignore[no-untyped-def]
         through = tl.load(across + decays + Q - 1).to(tl.float32)
         kappa = _round(through * cos, r_factor, 0.5)[None, :] * H_factor
         sigma = _round(through * sin, r_factor, 0.5)[None, :] * H_factor
+        at = ((b * H + h) * (chunks - 1) + chunk - 1) * P * N
+        H1 = tl.load(states + at + in_state, mask=kept, other=0.0).to(tl.float32)
+        H2 = tl.load(states + at + in_state + HALF_N, mask=kept, other=0.0).to(tl.float32)
+        d_kappa = tl.sum(d_H1 * H1 + d_H2 * H2, 0) * (H_factor * r_factor)
+        d_sigma = tl.sum(d_H2 * H1 - d_H1 * H2, 0) * (H_factor * r_factor)
+        d_cos_sum += d_kappa * through
+        d_sin_sum += d_sigma * through
+        part = tl.program_id(1) * tl.num_programs(0) * chunks
+        tl.store(d_through + part + (b * H + h) * chunks + chunk, tl.sum(d_kappa * cos + d_sigma * sin))
         turned1 = kappa * d_H1 + sigma * d_H2
         turned2 = kappa * d_H2 - sigma * d_H1
-        C1, C2 = _pair(C_hat + b * T * N, time, T, N, n, HALF_N)
+        C1, C2 = _pair(C_hat, time, T, N, n, HALF_N)
         in_x = (time < T)[:, None] & (p < P)[None, :]
-        x_at = (b * T + time)[:, None] * (H * P) + h * P + p[None, :]
+        x_at = time[:, None] * (H * P) + p[None, :]
         d_y = _sum_gradient(gradient, out, x_at, in_x, low, high, y_factor)
         a = tl.load(across + decays + q, mask=q < Q, other=0).to(tl.float32)
         A_u = _round(a, A_u_factor, A_u_half)[:, None]
         d_u = tl.trans((d_y * A_u * (u_scale * u_factor)).to(DOT))
         d_H1 = turned1 + tl.dot(d_u, C1.to(DOT))
         d_H2 = turned2 + tl.dot(d_u, C2.to(DOT))
-        kept = (p < P)[:, None] & (n < HALF_N)[None, :]
-        to = ((b * H + h) * (chunks - 1) + chunk - 1) * P * N + p[:, None] * N + n[None, :]
-        tl.store(d_states + to, d_H1.to(d_states.dtype.element_ty), mask=kept)
-        tl.store(d_states + to + HALF_N, d_H2.to(d_states.dtype.element_ty), mask=kept)
+        tl.store(d_states + at + in_state, d_H1.to(d_states.dtype.element_ty), mask=kept)
+        tl.store(d_states + at + in_state + HALF_N, d_H2.to(d_states.dtype.element_ty), mask=kept)
+    part = (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)) * HALF_N + n
+    tl.store(d_cos + part, d_cos_sum, mask=n < HALF_N)
+    tl.store(d_sin + part, d_sin_sum, mask=n < HALF_N)
 
 
 @triton.jit
 def _chunk_gradient_kernel(  # type: ignore[no-untyped-def]
-    gradient, out, x, B_hat, C_hat, B_next, A, across, D, cos_Q, sin_Q, states, d_states,
-    d_x, d_B, d_C, d_N, d_A, d_across, d_D, d_cos, d_sin,
+    gradient, out, x, B_hat, C_hat, B_next, A, across, D, states, d_states,
+    d_x, d_B, d_C, d_N, d_A, d_across, d_D,
     T, H, chunks,
     g_factor, g_half, G_limit, m_factor, m_half, M_scale, D_scale, u_factor, u_half, A_u_factor, A_u_half,
-    u_scale, beta_factor, beta_half, H_scale, r_factor, H_factor, y_factor, low, high,
+    u_scale, beta_factor, beta_half, H_scale, H_factor, y_factor, low, high,
     P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, CARRY: tl.constexpr, DOT: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """All gradients of one chunk but those of the decays and of the state that comes in."""
     b, chunk = (tl.program_id(0) // chunks).to(tl.int64), tl.program_id(0) % chunks
-    HALF_N: tl.constexpr = N // 2
     q, n, p = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_P)
     time = tl.where(q < Q, chunk * Q + q, T)
-    C1, C2 = _pair(C_hat + b * T * N, time, T, N, n, HALF_N)
-    B1, B2 = _pair(B_hat + b * T * N, time, T, N, n, HALF_N)
-    C1, C2, B1, B2 = C1.to(DOT), C2.to(DOT), B1.to(DOT), B2.to(DOT)
-    G = tl.dot(C1, tl.trans(B1)) + tl.dot(C2, tl.trans(B2))
-    G = _round(G, g_factor, g_half)
+    rows = (time < T)[:, None] & (n < N)[None, :]
+    row_at = time[:, None] * N + n[None, :]
+    # Scalar bases of 64 bits, offsets of 32: half the registers of 64-bit offsets.
+    rows_before = b * T * N
+    channels_before = b * T * H * P
+    C_hat += rows_before
+    B_hat += rows_before
+    gradient += channels_before
+    out += channels_before
+    x += channels_before
+    d_x += channels_before
+    C = tl.load(C_hat + row_at, mask=rows, other=0.0).to(DOT)
+    B = tl.load(B_hat + row_at, mask=rows, other=0.0).to(DOT)
+    G = _round(tl.dot(C, tl.trans(B)), g_factor, g_half)
     G = tl.minimum(tl.maximum(G, -G_limit), G_limit)
     causal = (q[:, None] >= q[None, :]) & (q < Q)[:, None]
     d_G = tl.zeros((BLOCK_Q, BLOCK_Q), tl.float32)
-    d_C1 = tl.zeros((BLOCK_Q, BLOCK_N), tl.float32)
-    d_C2 = tl.zeros((BLOCK_Q, BLOCK_N), tl.float32)
-    d_N1 = tl.zeros((BLOCK_Q, BLOCK_N), tl.float32)
-    d_N2 = tl.zeros((BLOCK_Q, BLOCK_N), tl.float32)
-    d_cos_sum = tl.zeros((BLOCK_N,), tl.float32)
-    d_sin_sum = tl.zeros((BLOCK_N,), tl.float32)
-    state_mask = (p < P)[:, None] & (n < HALF_N)[None, :]
+    d_C_sum = tl.zeros((BLOCK_Q, BLOCK_N), tl.float32)
+    d_N_sum = tl.zeros((BLOCK_Q, BLOCK_N), tl.float32)
+    state_mask = (p < P)[:, None] & (n < N)[None, :]
     # A vector, so that masks are made of vectors alone.
     position = chunk + tl.zeros_like(n)[None, :]
+    entered = state_mask & (position > 0)
+    left = state_mask & (position + 1 < chunks)
     in_x = (time < T)[:, None] & (p < P)[None, :]
     square = (q < Q)[:, None] & (q < Q)[None, :]
+    in_square = q[:, None] * Q + q[None, :]
+    in_state = p[:, None] * N + n[None, :]
     for h in range(H):
-        x_at = (b * T + time)[:, None] * (H * P) + h * P + p[None, :]
-        X = tl.load(x + x_at, mask=in_x, other=0.0)
+        x_at = time[:, None] * (H * P) + h * P + p[None, :]
+        X = tl.load(x + x_at, mask=in_x, other=0.0).to(DOT)
         d_y = _sum_gradient(gradient, out, x_at, in_x, low, high, y_factor)
         d_y_dot = d_y.to(DOT)
-        X_dot = X.to(DOT)
         decays = ((b * chunks + chunk) * H + h) * Q
-        A_ts = tl.load(A + (decays + q)[:, None] * Q + q[None, :], mask=square, other=0).to(tl.float32)
+        A_ts = tl.load(A + decays * Q + in_square, mask=square, other=0).to(tl.float32)
         M = _round(A_ts * G, m_factor, m_half)
-        d_M = tl.dot(d_y_dot, tl.trans(X_dot)) * (M_scale * m_factor)
+        d_M = tl.dot(d_y_dot, tl.trans(X)) * (M_scale * m_factor)
         d_G += d_M * A_ts
         d_A_ts = tl.where(causal, d_M * G, 0.0)
         skip = tl.load(D + h) * D_scale
@@ -279,66 +312,32 @@ def _chunk_gradient_kernel(  # type: ignore[no-untyped-def]
         d_a = tl.zeros((BLOCK_Q,), tl.float32)
         if CARRY:
             a = tl.load(across + decays + q, mask=q < Q, other=0).to(tl.float32)
-            state_at = ((b * H + h) * (chunks - 1) + chunk) * P * N + p[:, None] * N + n[None, :]
-            entered = state_mask & (position > 0)
-            H1 = tl.load(states + state_at - P * N, mask=entered, other=0).to(tl.float32)
-            H2 = tl.load(states + state_at - P * N + HALF_N, mask=entered, other=0).to(tl.float32)
-            H1_dot, H2_dot = H1.to(DOT), H2.to(DOT)
-            u = tl.dot(C1, tl.trans(H1_dot)) + tl.dot(C2, tl.trans(H2_dot))
-            u = _round(u, u_factor, u_half)
+            state_at = ((b * H + h) * (chunks - 1) + chunk) * P * N
+            H_dot = tl.load(states + (state_at - P * N) + in_state, mask=entered, other=0.0).to(DOT)
+            u = _round(tl.dot(C, tl.trans(H_dot)), u_factor, u_half)
             d_a += tl.sum(d_y * u, 1) * (u_scale * A_u_factor)
             A_u = _round(a, A_u_factor, A_u_half)[:, None]
             d_u = (d_y * A_u * (u_scale * u_factor)).to(DOT)
-            d_C1 += tl.dot(d_u, H1_dot)
-            d_C2 += tl.dot(d_u, H2_dot)
-            left = state_mask & (position + 1 < chunks)
-            d_T1 = tl.load(d_states + state_at, mask=left, other=0.0)
-            d_T2 = tl.load(d_states + state_at + HALF_N, mask=left, other=0.0)
-            d_T1_dot, d_T2_dot = d_T1.to(DOT), d_T2.to(DOT)
-            N1, N2 = _pair(B_next + b * T * N, time, T, N, n, HALF_N)
-            N1, N2 = N1.to(tl.float32), N2.to(tl.float32)
+            d_C_sum += tl.dot(d_u, H_dot)
+            d_T = tl.load(d_states + state_at + in_state, mask=left, other=0.0).to(DOT)
+            next_B = tl.load(B_next + rows_before + row_at, mask=rows, other=0.0).to(tl.float32)
             last = tl.load(A + (decays + Q - 1) * Q + q, mask=q < Q, other=0).to(tl.float32)[:, None]
-            beta1 = _round(last * N1, beta_factor, beta_half).to(DOT)
-            beta2 = _round(last * N2, beta_factor, beta_half).to(DOT)
+            beta = _round(last * next_B, beta_factor, beta_half).to(DOT)
             scale = H_scale * H_factor
-            d_X += (tl.dot(beta1, tl.trans(d_T1_dot)) + tl.dot(beta2, tl.trans(d_T2_dot))) * scale
-            d_beta1 = tl.dot(X_dot, d_T1_dot) * (scale * beta_factor)
-            d_beta2 = tl.dot(X_dot, d_T2_dot) * (scale * beta_factor)
-            d_N1 += d_beta1 * last
-            d_N2 += d_beta2 * last
-            d_last = tl.sum(d_beta1 * N1 + d_beta2 * N2, 1)
+            d_X += tl.dot(beta, tl.trans(d_T)) * scale
+            d_beta = tl.dot(X, d_T) * (scale * beta_factor)
+            d_N_sum += d_beta * last
+            d_last = tl.sum(d_beta * next_B, 1)
             d_A_ts += tl.where((q == Q - 1)[:, None], d_last[None, :], 0.0)
-            d_T1, d_T2 = d_T1.to(tl.float32), d_T2.to(tl.float32)
-            d_kappa = tl.sum(d_T1 * H1 + d_T2 * H2, 0) * (H_factor * r_factor)
-            d_sigma = tl.sum(d_T2 * H1 - d_T1 * H2, 0) * (H_factor * r_factor)
-            cos = tl.load(cos_Q + n, mask=n < HALF_N, other=0.0)
-            sin = tl.load(sin_Q + n, mask=n < HALF_N, other=0.0)
-            through = tl.load(across + decays + Q - 1).to(tl.float32)
-            d_cos_sum += d_kappa * through
-            d_sin_sum += d_sigma * through
-            d_a += tl.where(q == Q - 1, tl.sum(d_kappa * cos + d_sigma * sin), 0.0)
         tl.store(d_x + x_at, d_X.to(d_x.dtype.element_ty), mask=in_x)
-        tl.store(
-            d_A + (decays + q)[:, None] * Q + q[None, :], d_A_ts.to(d_A.dtype.element_ty), mask=square
-        )
+        tl.store(d_A + decays * Q + in_square, d_A_ts.to(d_A.dtype.element_ty), mask=square)
         tl.store(d_across + decays + q, d_a, mask=q < Q)
     stuck = ((G >= G_limit) & (d_G < 0)) | ((G <= -G_limit) & (d_G > 0))
     d_G = tl.where(stuck | (q[:, None] < q[None, :]), 0.0, d_G * g_factor).to(DOT)
-    d_C1 += tl.dot(d_G, B1)
-    d_C2 += tl.dot(d_G, B2)
-    d_G = tl.trans(d_G)
-    rows = (time < T)[:, None] & (n < HALF_N)[None, :]
-    to = (b * T + time)[:, None] * N + n[None, :]
-    tl.store(d_B + to, tl.dot(d_G, C1).to(d_B.dtype.element_ty), mask=rows)
-    tl.store(d_B + to + HALF_N, tl.dot(d_G, C2).to(d_B.dtype.element_ty), mask=rows)
-    tl.store(d_C + to, d_C1.to(d_C.dtype.element_ty), mask=rows)
-    tl.store(d_C + to + HALF_N, d_C2.to(d_C.dtype.element_ty), mask=rows)
+    tl.store(d_B + rows_before + row_at, tl.dot(tl.trans(d_G), C).to(d_B.dtype.element_ty), mask=rows)
+    tl.store(d_C + rows_before + row_at, (d_C_sum + tl.dot(d_G, B)).to(d_C.dtype.element_ty), mask=rows)
     if CARRY:
-        tl.store(d_N + to, d_N1.to(d_N.dtype.element_ty), mask=rows)
-        tl.store(d_N + to + HALF_N, d_N2.to(d_N.dtype.element_ty), mask=rows)
-        part = tl.program_id(0) * HALF_N + n
-        tl.store(d_cos + part, d_cos_sum, mask=n < HALF_N)
-        tl.store(d_sin + part, d_sin_sum, mask=n < HALF_N)
+        tl.store(d_N + rows_before + row_at, d_N_sum.to(d_N.dtype.element_ty), mask=rows)
 
 
 def _half(places: int) -> float:
@@ -362,6 +361,9 @@ class _Scalars:
         self.turn = (2.0**-s.rotation_frac, 2.0**-s.A_bits)
         self.y = (2.0**-places, _half(places))
         self.clamp = (float(low), float(high))
+
+
+GRADIENT_WARPS = 4
 
 
 class _ChunkedSsd(torch.autograd.Function):
@@ -403,7 +405,8 @@ class _ChunkedSsd(torch.autograd.Function):
         keep = carry and any(ctx.needs_input_grad)
         states = None
         if keep:
-            states = torch.empty(batch, H, chunks - 1, P, N, dtype=torch.int16, device=x.device)
+            # Only gradients read them: 8 significant bits are as good as in every factor of a gradient.
+            states = torch.empty(batch, H, chunks - 1, P, N, dtype=narrow_dtype(x.device), device=x.device)
         y = torch.empty_like(x, dtype=narrow_dtype(x.device))
         v = _Scalars(scales, places, low, high)
         # A program a head and a part of it: enough of them to fill a GPU.
@@ -430,10 +433,15 @@ class _ChunkedSsd(torch.autograd.Function):
         narrow, dot, device = narrow_dtype(x.device), dot_dtype(x), x.device
         carry = chunks > 1
         blocks = {"BLOCK_Q": _block(Q), "BLOCK_N": _block(N // 2)}
-        d_states = torch.empty(states.shape, dtype=narrow, device=device) if carry else None
+        d_states, d_through, d_turn = None, None, None
         if carry:
-            _state_gradient_kernel[(batch * H, triton.cdiv(P, ctx.block_p))](
-                gradient, y, C_hat, across, cos_Q, sin_Q, d_states, T, H, chunks,
+            parts = triton.cdiv(P, ctx.block_p)
+            d_states = torch.empty_like(states)
+            d_through = torch.zeros(parts, batch, H, chunks, device=device)
+            d_turn = torch.empty(2, parts, batch * H, N // 2, device=device)
+            _state_gradient_kernel[(batch * H, parts)](
+                gradient, y, C_hat, across, cos_Q, sin_Q, states, d_states, d_through, d_turn[0], d_turn[1],
+                T, H, chunks,
                 v.u[0], *v.A_u, *v.turn, v.y[0], *v.clamp,
                 P=P, N=N, Q=Q, DOT=dot, BLOCK_P=ctx.block_p, **blocks, num_warps=4,
             )  # fmt: skip
@@ -442,21 +450,22 @@ class _ChunkedSsd(torch.autograd.Function):
         d_A = torch.empty(A.shape, dtype=narrow, device=device)
         d_across = torch.empty(across.shape, device=device)
         d_D = torch.empty(batch * chunks, H, device=device)
-        d_turn = torch.empty(2, batch * chunks, N // 2, device=device)
         _chunk_gradient_kernel[(batch * chunks,)](
-            gradient, y, x, B_hat, C_hat, B_next, A, across, D, cos_Q, sin_Q, states, d_states,
-            d_x, d_B, d_C, d_N, d_A, d_across, d_D, d_turn[0], d_turn[1], T, H, chunks,
-            *v.g, *v.m, *v.u, *v.A_u, *v.beta, *v.turn, v.y[0], *v.clamp,
-            P=P, N=N, Q=Q, CARRY=carry, DOT=dot, BLOCK_P=_block(P), **blocks,
-            num_warps=4 if P * N <= 4096 else 8,
+            gradient, y, x, B_hat, C_hat, B_next, A, across, D, states, d_states,
+            d_x, d_B, d_C, d_N, d_A, d_across, d_D, T, H, chunks,
+            *v.g, *v.m, *v.u, *v.A_u, *v.beta, v.turn[1], v.y[0], *v.clamp,
+            P=P, N=N, Q=Q, CARRY=carry, DOT=dot, BLOCK_Q=_block(Q), BLOCK_P=_block(P), BLOCK_N=_block(N),
+            num_warps=GRADIENT_WARPS,
         )  # fmt: skip
+        if d_through is not None:
+            d_across[..., Q - 1] += d_through.sum(0).transpose(1, 2)
         d_n = torch.empty(batch, T, H, dtype=decay.dtype, device=device)
         block_h = 32 if x.is_cuda else 4
         _decay_gradient_kernel[(batch * chunks, triton.cdiv(H, block_h))](
             decay, A, across, d_A, d_across, d_n, T, H, chunks, decay.stride(0), decay.stride(1),
             *ctx.decay_scalars, Q=Q, BLOCK_Q=triton.next_power_of_2(Q), BLOCK_H=block_h,
         )  # fmt: skip
-        turns = d_turn.sum(1) if carry else (None, None)
+        turns = d_turn.sum((1, 2)) if d_turn is not None else (None, None)
         return d_x, d_B, d_C, d_n, d_D.sum(0), d_N if carry else None, *turns, None, None, None, None
 
 

@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional
 
 from triton_kernels.narrow import narrow_dtype
 from triton_kernels.squareplus import squareplus_of
@@ -32,15 +33,15 @@ class Activation(NamedTuple):
 
 @triton.jit
 def _sums(  # type: ignore[no-untyped-def]
-    x, taps, bias, base, t, c, T, C, stride_t, HAS_BIAS: tl.constexpr, WIDTH: tl.constexpr,
+    x, taps, bias, base, t, c, T, C, stride_t, HAS_BIAS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     total = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
-    for i in tl.static_range(WIDTH):
-        source = t - (WIDTH - 1 - i)
+    for i in tl.static_range(4):
+        source = t - 3 + i
         mask = ((source >= 0) & (source < T))[:, None] & (c < C)[None, :]
         value = tl.load(x + base + source[:, None] * stride_t + c[None, :], mask=mask, other=0.0)
-        tap = tl.load(taps + c * WIDTH + i, mask=c < C, other=0.0)
+        tap = tl.load(taps + c * 4 + i, mask=c < C, other=0.0)
         total += value.to(tl.float32) * tap[None, :]
     if HAS_BIAS:
         total += tl.load(bias + c, mask=c < C, other=0.0)[None, :]
@@ -50,7 +51,7 @@ def _sums(  # type: ignore[no-untyped-def]
 @triton.jit
 def _conv_kernel(  # type: ignore[no-untyped-def]
     x, taps, bias, out, T, C, stride_b, stride_t, factor, half, low, high,
-    FOUR: tl.constexpr, HAS_BIAS: tl.constexpr, SQUAREPLUS: tl.constexpr, WIDTH: tl.constexpr,
+    FOUR: tl.constexpr, HAS_BIAS: tl.constexpr, SQUAREPLUS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(T, BLOCK_T)
@@ -58,7 +59,7 @@ def _conv_kernel(  # type: ignore[no-untyped-def]
     t = (tl.program_id(0) % blocks) * BLOCK_T + tl.arange(0, BLOCK_T)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     base = b.to(tl.int64) * stride_b
-    y = _sums(x, taps, bias, base, t, c, T, C, stride_t, HAS_BIAS, WIDTH, BLOCK_T, BLOCK_C)
+    y = _sums(x, taps, bias, base, t, c, T, C, stride_t, HAS_BIAS, BLOCK_T, BLOCK_C)
     y = tl.floor(y * factor + half)
     y = tl.minimum(tl.maximum(y, low), high)
     if SQUAREPLUS:
@@ -71,12 +72,12 @@ def _conv_kernel(  # type: ignore[no-untyped-def]
 @triton.jit
 def _sum_gradient(  # type: ignore[no-untyped-def]
     gradient, y, x, taps, bias, b, base, t, c, T, C, stride_t, factor, half, low, high,
-    FOUR: tl.constexpr, HAS_BIAS: tl.constexpr, RELU: tl.constexpr, SQUAREPLUS: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    FOUR: tl.constexpr, HAS_BIAS: tl.constexpr, RELU: tl.constexpr, SQUAREPLUS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the sums at steps t, zero outside 0..T-1."""
-    mask = ((t >= 0) & (t < T))[:, None] & (c < C)[None, :]
-    at = (b.to(tl.int64) * T + t)[:, None] * C + c[None, :]
+    """Gradient of the sums at step t, zero from step T on."""
+    mask = (c < C) & (t + c * 0 < T)
+    at = (b.to(tl.int64) * T + t) * C + c
     g = tl.load(gradient + at, mask=mask, other=0.0).to(tl.float32)
     value = tl.load(y + at, mask=mask, other=0.0).to(tl.float32)
     if RELU:
@@ -85,8 +86,9 @@ def _sum_gradient(  # type: ignore[no-untyped-def]
         g = tl.where(((value >= high) & (g < 0)) | ((value <= low) & (g > 0)), 0.0, g)
     if SQUAREPLUS:
         # The slope of (x + sqrt(x^2 + 4)) / 2 at the integer x.
-        inner = _sums(x, taps, bias, base, t, c, T, C, stride_t, HAS_BIAS, WIDTH, BLOCK_T, BLOCK_C)
-        inner = tl.floor(inner * factor + half)
+        times = t + tl.zeros((1,), tl.int32)
+        inner = _sums(x, taps, bias, base, times, c, T, C, stride_t, HAS_BIAS, 1, BLOCK_C)
+        inner = tl.floor(tl.reshape(inner, (BLOCK_C,)) * factor + half)
         inner = tl.minimum(tl.maximum(inner, low), high)
         g = g * 0.5 * (1.0 + inner / tl.sqrt_rn(inner * inner + FOUR))
         g = tl.where(((inner >= high) & (g < 0)) | ((inner <= low) & (g > 0)), 0.0, g)
@@ -96,40 +98,61 @@ def _sum_gradient(  # type: ignore[no-untyped-def]
 @triton.jit
 def _conv_gradient_kernel(  # type: ignore[no-untyped-def]
     gradient, y, x, taps, bias, d_x, d_taps, T, C, stride_b, stride_t, factor, half, low, high,
-    steps,
-    FOUR: tl.constexpr, HAS_BIAS: tl.constexpr, RELU: tl.constexpr, SQUAREPLUS: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, SLOTS: tl.constexpr,
+    FOUR: tl.constexpr, HAS_BIAS: tl.constexpr, RELU: tl.constexpr, SQUAREPLUS: tl.constexpr,
+    STEPS: tl.constexpr, UNROLL: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    parts = tl.cdiv(T, steps)
+    """Walks back through STEPS steps; the gradients d of the sums of the last four steps stay in registers."""
+    parts = tl.cdiv(T, STEPS)
     b = tl.program_id(0) // parts
-    first = (tl.program_id(0) % parts) * steps
+    first = (tl.program_id(0) % parts) * STEPS
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     base = b.to(tl.int64) * stride_b
-    slot = tl.arange(0, SLOTS)
-    # Slots 0..WIDTH-1 are the taps', slot WIDTH the bias's.
-    d_taps_sum = tl.zeros((SLOTS, BLOCK_C), tl.float32)
-    for start in range(0, steps, BLOCK_T):
-        t = first + start + tl.arange(0, BLOCK_T)
-        total = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
-        for i in tl.static_range(WIDTH):
-            later = _sum_gradient(
-                gradient, y, x, taps, bias, b, base, t + (WIDTH - 1 - i), c, T, C, stride_t, factor, half,
-                low, high, FOUR, HAS_BIAS, RELU, SQUAREPLUS, WIDTH, BLOCK_T, BLOCK_C,
+    present = c < C
+    tap0 = tl.load(taps + c * 4, mask=present, other=0.0)
+    tap1 = tl.load(taps + c * 4 + 1, mask=present, other=0.0)
+    tap2 = tl.load(taps + c * 4 + 2, mask=present, other=0.0)
+    tap3 = tl.load(taps + c * 4 + 3, mask=present, other=0.0)
+    last = first + STEPS
+    d1 = _sum_gradient(
+        gradient, y, x, taps, bias, b, base, last, c, T, C, stride_t, factor, half, low, high,
+        FOUR, HAS_BIAS, RELU, SQUAREPLUS, BLOCK_C,
+    )  # fmt: skip
+    d2 = _sum_gradient(
+        gradient, y, x, taps, bias, b, base, last + 1, c, T, C, stride_t, factor, half, low, high,
+        FOUR, HAS_BIAS, RELU, SQUAREPLUS, BLOCK_C,
+    )  # fmt: skip
+    d3 = _sum_gradient(
+        gradient, y, x, taps, bias, b, base, last + 2, c, T, C, stride_t, factor, half, low, high,
+        FOUR, HAS_BIAS, RELU, SQUAREPLUS, BLOCK_C,
+    )  # fmt: skip
+    d_tap0 = tl.zeros((BLOCK_C,), tl.float32)
+    d_tap1 = tl.zeros((BLOCK_C,), tl.float32)
+    d_tap2 = tl.zeros((BLOCK_C,), tl.float32)
+    d_tap3 = tl.zeros((BLOCK_C,), tl.float32)
+    d_bias = tl.zeros((BLOCK_C,), tl.float32)
+    for block in range(STEPS // UNROLL):
+        for step in tl.static_range(UNROLL):
+            t = last - 1 - block * UNROLL - step
+            d0 = _sum_gradient(
+                gradient, y, x, taps, bias, b, base, t, c, T, C, stride_t, factor, half, low, high,
+                FOUR, HAS_BIAS, RELU, SQUAREPLUS, BLOCK_C,
             )  # fmt: skip
-            tap = tl.load(taps + c * WIDTH + i, mask=c < C, other=0.0)
-            total += later * tap[None, :]
-            if i == WIDTH - 1:
-                for j in tl.static_range(WIDTH):
-                    source = t - (WIDTH - 1 - j)
-                    mask = ((source >= 0) & (source < T))[:, None] & (c < C)[None, :]
-                    value = tl.load(x + base + source[:, None] * stride_t + c[None, :], mask=mask, other=0.0)
-                    part = tl.sum(value.to(tl.float32) * later, 0)
-                    d_taps_sum += tl.where(slot == j, 1.0, 0.0)[:, None] * part[None, :]
-                d_taps_sum += tl.where(slot == WIDTH, 1.0, 0.0)[:, None] * tl.sum(later, 0)[None, :]
-        at = (b.to(tl.int64) * T + t)[:, None] * C + c[None, :]
-        tl.store(d_x + at, total.to(d_x.dtype.element_ty), mask=(t < T)[:, None] & (c < C)[None, :])
-    to = d_taps + tl.program_id(0).to(tl.int64) * SLOTS * C + slot[:, None] * C + c[None, :]
-    tl.store(to, d_taps_sum, mask=(slot < SLOTS)[:, None] & (c < C)[None, :])
+            inside = present & (t + c * 0 < T)
+            value = tl.load(x + base + t * stride_t + c, mask=inside, other=0.0).to(tl.float32)
+            d_tap0 += value * d3
+            d_tap1 += value * d2
+            d_tap2 += value * d1
+            d_tap3 += value * d0
+            d_bias += d0
+            total = tap3 * d0 + tap2 * d1 + tap1 * d2 + tap0 * d3
+            tl.store(d_x + (b.to(tl.int64) * T + t) * C + c, total.to(d_x.dtype.element_ty), mask=inside)
+            d3, d2, d1 = d2, d1, d0
+    to = d_taps + tl.program_id(0).to(tl.int64) * 5 * C + c
+    tl.store(to, d_tap0, mask=present)
+    tl.store(to + C, d_tap1, mask=present)
+    tl.store(to + 2 * C, d_tap2, mask=present)
+    tl.store(to + 3 * C, d_tap3, mask=present)
+    tl.store(to + 4 * C, d_bias, mask=present)
 
 
 def _scalars(a: Activation) -> tuple[float, ...]:
@@ -137,19 +160,28 @@ def _scalars(a: Activation) -> tuple[float, ...]:
     return 2.0**-a.places, half, float(a.low), float(a.high)
 
 
+WIDTH = 4
+"""Most taps that the kernels take."""
+# Steps and channels of a tile and warps; channels and steps of a program, and steps whose loads overlap.
+FORWARD_BLOCKS = (32, 128, 4)
+GRADIENT_BLOCKS = (64, 128, 8)
+
+
 class _ConvRequantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, taps: Tensor, bias: Tensor | None, activation: Activation) -> Tensor:
         if x.stride(-1) != 1:
             x = x.contiguous()
-        (B, T, C), width = x.shape, taps.shape[1]
-        taps = taps.contiguous()
+        B, T, C = x.shape
+        ctx.width = taps.shape[1]
+        # Fewer taps are four with zeros before them.
+        taps = functional.pad(taps, (WIDTH - ctx.width, 0)).contiguous()
         y = torch.empty(B, T, C, dtype=narrow_dtype(x.device), device=x.device)
-        block_t, block_c = (32, 64) if x.is_cuda else (16, 16)
+        block_t, block_c, warps = FORWARD_BLOCKS if x.is_cuda else (16, 16, 4)
         _conv_kernel[(B * triton.cdiv(T, block_t), triton.cdiv(C, block_c))](
             x, taps, bias, y, T, C, x.stride(0), x.stride(1), *_scalars(activation),
-            FOUR=4 << 2 * activation.frac, HAS_BIAS=bias is not None, SQUAREPLUS=activation.squareplus, WIDTH=width,
-            BLOCK_T=block_t, BLOCK_C=block_c,
+            FOUR=4 << 2 * activation.frac, HAS_BIAS=bias is not None, SQUAREPLUS=activation.squareplus,
+            BLOCK_T=block_t, BLOCK_C=block_c, num_warps=warps,
         )  # fmt: skip
         ctx.save_for_backward(x, taps, bias, y)
         ctx.activation = activation
@@ -158,23 +190,20 @@ class _ConvRequantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, taps, bias, y = ctx.saved_tensors
-        (B, T, C), width = x.shape, taps.shape[1]
-        block_t, block_c = (32, 64) if x.is_cuda else (16, 16)
-        # Enough programs to fill a GPU, few enough that their partial sums are little to write.
-        steps = max(block_t, triton.cdiv(T, max(1, 32 // B)))
-        steps = triton.cdiv(steps, block_t) * block_t
+        B, T, C = x.shape
+        block_c, steps, unroll = GRADIENT_BLOCKS if x.is_cuda else (16, 8, 4)
         parts = B * triton.cdiv(T, steps)
-        slots = triton.next_power_of_2(width + 1)
         d_x = torch.empty(B, T, C, dtype=x.dtype, device=x.device)
-        partial = torch.empty(parts, slots, C, device=x.device)
+        partial = torch.empty(parts, WIDTH + 1, C, device=x.device)
         _conv_gradient_kernel[(parts, triton.cdiv(C, block_c))](
             gradients[0].contiguous(), y, x, taps, bias, d_x, partial, T, C, x.stride(0), x.stride(1),
-            *_scalars(ctx.activation), steps,
-            FOUR=4 << 2 * ctx.activation.frac, HAS_BIAS=bias is not None, RELU=ctx.activation.relu, SQUAREPLUS=ctx.activation.squareplus, WIDTH=width,
-            BLOCK_T=block_t, BLOCK_C=block_c, SLOTS=slots,
+            *_scalars(ctx.activation), FOUR=4 << 2 * ctx.activation.frac, HAS_BIAS=bias is not None,
+            RELU=ctx.activation.relu, SQUAREPLUS=ctx.activation.squareplus,
+            STEPS=steps, UNROLL=unroll, BLOCK_C=block_c, num_warps=1,
         )  # fmt: skip
         sums = partial.sum(0)
-        return d_x, sums[:width].t(), sums[width] if bias is not None else None, None
+        d_taps = sums[WIDTH - ctx.width : WIDTH].t()
+        return d_x, d_taps, sums[WIDTH] if bias is not None else None, None
 
 
 def conv_requantize(x: Tensor, taps: Tensor, bias: Tensor | None, activation: Activation) -> Tensor:
@@ -182,7 +211,7 @@ def conv_requantize(x: Tensor, taps: Tensor, bias: Tensor | None, activation: Ac
 
     Args:
         x: integers [B, T, C], narrow or float32; the sums stay within 2^24.
-        taps: integers, float32 [C, K]. bias: integers, float32 [C], or None.
+        taps: integers, float32 [C, K], K up to 4. bias: integers, float32 [C], or None.
         activation: what follows.
 
     Returns:

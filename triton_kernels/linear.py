@@ -45,6 +45,7 @@ def _linear_kernel(  # type: ignore[no-untyped-def]
     N,
     K,
     stride_x,
+    stride_out,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -85,8 +86,9 @@ def _linear_kernel(  # type: ignore[no-untyped-def]
     low = tl.load(rounding + 2 * N + n, mask=inside, other=0.0)[None, :]
     high = tl.load(rounding + 3 * N + n, mask=inside, other=0.0)[None, :]
     y = tl.floor(total * factor + half)
-    at = m.to(tl.int64)[:, None] * N + n[None, :]
-    written = (m[:, None] < M) & inside[None, :]
+    at = m.to(tl.int64)[:, None] * stride_out + n[None, :]
+    # Up to the end of the padded row: a mask that ends at a multiple of 16 does not split vectors.
+    written = (m[:, None] < M) & (n[None, :] < stride_out)
     if HAS_RESIDUAL:
         y += tl.load(residual + at, mask=written, other=0.0)
     y = tl.minimum(tl.maximum(y, low), high)
@@ -105,6 +107,7 @@ def _rounding_gradient_kernel(  # type: ignore[no-untyped-def]
     N,
     start,
     width,
+    stride,
     stride_gradient,
     WANT_SUMS: tl.constexpr,
     WANT_RESIDUAL: tl.constexpr,
@@ -118,7 +121,7 @@ def _rounding_gradient_kernel(  # type: ignore[no-untyped-def]
     n = start + local
     inside = local < width
     both = (m[:, None] < M) & inside[None, :]
-    at = m.to(tl.int64)[:, None] * N + n[None, :]
+    at = m.to(tl.int64)[:, None] * stride + n[None, :]
     g = tl.load(gradient + m.to(tl.int64)[:, None] * stride_gradient + local[None, :], mask=both, other=0.0)
     g = g.to(tl.float32)
     value = tl.load(y + at, mask=both, other=0.0).to(tl.float32)
@@ -160,9 +163,23 @@ def _cached_table(roundings: Sequence[Rounding], columns: int, device: torch.dev
 def _blocks(M: int, N: int, interpreted: bool) -> dict[str, int]:
     if interpreted:
         return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "GROUP": 4}
+    # Fastest of what was tried on an H200 (docs/log.md): few column blocks want deep ones.
+    if M >= 4096 and N > 1024:
+        return {"BLOCK_M": 256, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 8, "num_warps": 8, "num_stages": 4}
     if M >= 4096 and N >= 512:
-        return {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "GROUP": 8, "num_warps": 8, "num_stages": 4}
+        return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128, "GROUP": 8, "num_warps": 8, "num_stages": 3}
     return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "GROUP": 8, "num_warps": 4, "num_stages": 4}
+
+
+def _aligned(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An empty [rows, columns] whose rows begin at multiples of 16 elements: Triton loads such rows in vectors."""
+    return torch.empty(rows, triton.cdiv(columns, 16) * 16, dtype=dtype, device=device)[:, :columns]
+
+
+def _with_strides_of(out: Tensor, x: Tensor) -> Tensor:
+    """x [..., N] as rows laid out like ``out``."""
+    rows = rows_of(x)
+    return rows if rows.stride() == out.stride() else torch.empty_like(out).copy_(rows)
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -187,7 +204,7 @@ class _Linear(torch.autograd.Function):
         (M, K), N = rows.shape, len(weight)
         table = _cached_table(roundings, N, x.device)
         dtype = narrow_dtype(x.device) if residual is None else torch.float32
-        out = torch.empty(*x.shape[:-1], N, dtype=dtype, device=x.device)
+        out = _aligned(M, N, dtype, x.device)
         blocks = _blocks(M, N, not x.is_cuda)
         grid = (triton.cdiv(M, blocks["BLOCK_M"]) * triton.cdiv(N, blocks["BLOCK_N"]),)
         _linear_kernel[grid](
@@ -195,12 +212,13 @@ class _Linear(torch.autograd.Function):
             weight,
             bias,
             table,
-            residual.contiguous() if residual is not None else None,
+            _with_strides_of(out, residual) if residual is not None else None,
             out,
             M,
             N,
             K,
             rows.stride(0),
+            out.stride(0),
             HAS_BIAS=bias is not None,
             HAS_RESIDUAL=residual is not None,
             EVEN_K=K % blocks["BLOCK_K"] == 0,
@@ -210,7 +228,7 @@ class _Linear(torch.autograd.Function):
         ctx.save_for_backward(rows, weight, out)
         ctx.roundings, ctx.shape = roundings, x.shape
         ctx.has_bias, ctx.has_residual = bias is not None, residual is not None
-        return tuple(out[..., r.start : r.stop] for r in roundings)
+        return tuple(out[:, r.start : r.stop].unflatten(0, x.shape[:-1]) for r in roundings)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -218,11 +236,11 @@ class _Linear(torch.autograd.Function):
         M, N = len(rows), len(weight)
         table = _cached_table(ctx.roundings, N, out.device)
         narrow = narrow_dtype(out.device)
-        inner = torch.empty(M, N, dtype=narrow, device=out.device)
+        inner = _aligned(M, N, narrow, out.device)
         block_m, block_n = (64, 128) if out.is_cuda else (64, 64)
         blocks = triton.cdiv(M, block_m)
         sums = torch.zeros(blocks, N, device=out.device) if ctx.has_bias else None
-        d_residual = torch.empty(M, N, device=out.device) if ctx.has_residual else None
+        d_residual = _aligned(M, N, torch.float32, out.device) if ctx.has_residual else None
         for rounding, gradient in zip(ctx.roundings, gradients, strict=True):
             width = rounding.stop - rounding.start
             if gradient is None:
@@ -230,14 +248,14 @@ class _Linear(torch.autograd.Function):
                 continue
             g = rows_of(gradient)
             _rounding_gradient_kernel[(blocks, triton.cdiv(width, block_n))](
-                g, out, table, inner, sums, d_residual, M, N, rounding.start, width, g.stride(0),
+                g, out, table, inner, sums, d_residual, M, N, rounding.start, width, out.stride(0), g.stride(0),
                 WANT_SUMS=sums is not None, WANT_RESIDUAL=ctx.has_residual,
                 BLOCK_M=block_m, BLOCK_N=block_n,
             )  # fmt: skip
         d_x = _product(inner, weight, narrow).reshape(ctx.shape) if ctx.needs_input_grad[0] else None
         d_weight = _product(inner.t(), rows, narrow) if ctx.needs_input_grad[1] else None
         if d_residual is not None:
-            d_residual = d_residual.reshape(out.shape)
+            d_residual = d_residual.unflatten(0, ctx.shape[:-1])
         return d_x, d_weight, sums.sum(0) if sums is not None else None, d_residual, None
 
 

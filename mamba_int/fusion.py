@@ -10,9 +10,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from mamba_int.graph import Node
@@ -220,8 +219,11 @@ class _Planner:
         four = self.only_consumer(square.name, "add")
         root = self.only_consumer(four.name, "isqrt") if four and len(four.inputs) == 1 else None
         total = self.only_consumer(root.name, "add") if root else None
-        last = self.requantization(total.name) if total and set(total.inputs) == {r.result, root.name} else None
-        if four is None or root is None or total is None or last is None or len(readers) != 3:
+        # The square reads its operand twice.
+        if four is None or root is None or total is None or len(readers) != 3:
+            return None
+        last = self.requantization(total.name)
+        if last is None or set(total.inputs) != {r.result, root.name}:
             return None
         if last.relu or (last.places, last.low, last.high) != (1, r.low, r.high):
             return None

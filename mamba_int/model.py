@@ -8,7 +8,6 @@ computes the integer model bit for bit, and ``quantize`` loses nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,7 +15,6 @@ from torch import Tensor, nn
 
 from mamba_int.config import MambaIntConfig
 from mamba_int.executor import execute_nodes
-from mamba_int.fusion import execute_plan, plan
 from mamba_int.native import (
     BIAS_LIMIT,
     MAX_FRAC,
@@ -29,7 +27,7 @@ from mamba_int.native import (
 )
 from triton_kernels.clamp import saturate
 from triton_kernels.straight_through import straight_through
-from triton_kernels.ternarize import ternarize, ternarize_reference
+from triton_kernels.ternarize import ternarize
 
 SCALE_MEMORY = 0.98
 """Decay of the running mean square behind a static activation scale."""
@@ -99,8 +97,7 @@ class MambaInt(nn.Module):
         # ParameterDict refuses dots in names.
         self.latent = nn.ParameterDict({name.replace(".", "/"): value for name, value in parameters.items()})
 
-        self._known_scales: dict[str, int] = {}
-        self._known_frozen: bool | None = None
+        self._read: dict[str, tuple[Tensor, int, Any]] = {}
         self.fused: bool | None = None
         """Whether fused kernels run the graph; None: on a GPU."""
         self._BC_range = BC_frac_range(config)
@@ -125,22 +122,20 @@ class MambaInt(nn.Module):
     @property
     def scales_frozen(self) -> bool:
         """Whether the static scales are final."""
-        if self._known_frozen is None:
-            self._known_frozen = bool(self.frozen)
-        return self._known_frozen
+        return bool(self._on_host("frozen"))
 
     def scales(self) -> dict[str, int]:
         """Binary places of every static scale, by name."""
-        # Read once: on a GPU every look at a buffer waits for all work before it.
-        if not self._known_scales:
-            names = [*self.weight_scales, *self.activation_scales]
-            self._known_scales = dict(zip(names, self.fracs.tolist(), strict=True))
-        return self._known_scales
+        names = [*self.weight_scales, *self.activation_scales]
+        return dict(zip(names, self._on_host("fracs"), strict=True))
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **options: Any) -> Any:
-        """As of every module; forgets what was known of the former scales."""
-        self._known_scales, self._known_frozen = {}, None
-        return super().load_state_dict(state_dict, *args, **options)
+    def _on_host(self, name: str) -> Any:
+        """What a buffer holds, read anew only after it was written: reading waits for all work of a GPU."""
+        buffer: Tensor = getattr(self, name)
+        known = self._read.get(name)
+        if known is None or known[0] is not buffer or known[1] != buffer._version:
+            known = self._read[name] = buffer, buffer._version, buffer.tolist()
+        return known[2]
 
     def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
         """AdamW groups: matrices, and the small rest, at the same rate (a lower one for the rest costs)."""
@@ -170,7 +165,11 @@ class MambaInt(nn.Module):
                 return weight * 2.0**frac
             if form == "int8":
                 return quantize_parameter(weight, frac, 127)
-            return ternarize(weight, frac) if weight.is_cuda else ternarize_reference(weight, frac)
+            if weight.is_cuda:
+                from triton_kernels.ternarize_rows import ternarize_rows
+
+                return ternarize_rows(weight, frac)
+            return ternarize(weight, frac)
         if key == "sign":
             return torch.sign(torch.cos(self._angles(layer, owner)).detach() + 1e-30)
         if key == "value":
@@ -260,9 +259,9 @@ class MambaInt(nn.Module):
                 layer = name.removesuffix(".y")
                 most = largest_y_frac(self.config, by_name[f"{layer}.x"], by_name[f"{layer}.BC"])
                 by_name[name] = min(by_name[name], most)
-        if by_name != self._known_scales:
-            self.fracs.copy_(torch.tensor(list(by_name.values())))
-            self._known_scales = by_name
+        fracs = list(by_name.values())
+        if fracs != self._on_host("fracs"):
+            self.fracs.copy_(torch.tensor(fracs))
 
     def _bits(self, name: str) -> int:
         """Width a static scale fills: ``y`` may be wider than int8, but is scaled as int8."""
@@ -279,7 +278,6 @@ class MambaInt(nn.Module):
     def freeze_scales(self) -> None:
         """Make the static scales final; training goes on with them."""
         self.frozen.fill_(True)
-        self._known_frozen = True
 
     # -- forward -----------------------------------------------------------------------------------------
 
@@ -290,6 +288,9 @@ class MambaInt(nn.Module):
         dtype = self.latent["logits/bias"].dtype
         fused = inputs.is_cuda if self.fused is None else self.fused
         if fused and rounding and trace is None:
+            # Imported late: there is no Triton but on Linux.
+            from mamba_int.fusion import execute_plan, plan
+
             return built, execute_plan(plan(built.nodes), built.nodes, inputs.to(dtype))
         return built, execute_nodes(built.nodes, inputs.to(dtype), trace, rounding)
 
@@ -309,7 +310,7 @@ class MambaInt(nn.Module):
             self._update_fracs()
         built, values = self._run(inputs, self.exact, trace)
         if learning:
-            if not built.observed.values() <= values.keys():
+            if not set(built.observed.values()) <= values.keys():
                 # A fused run does not write what it rounds: a few sequences, node by node, show it.
                 with torch.no_grad():
                     few = max(1, OBSERVED_TOKENS // inputs.shape[1])

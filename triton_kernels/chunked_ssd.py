@@ -27,12 +27,12 @@ SPLIT = tl.constexpr(64.0)
 
 
 @triton.jit
-def _round(x, factor, half):  # type: ignore[no-untyped-def]
+def _round(x, factor, half):
     return tl.floor(x * factor + half)
 
 
 @triton.jit
-def _dot_split(wide, narrow, DOT: tl.constexpr):  # type: ignore[no-untyped-def]
+def _dot_split(wide, narrow, DOT: tl.constexpr):
     """wide @ narrow for integers ``wide`` up to 2^14, exact."""
     high = tl.floor(wide * (1.0 / SPLIT))
     low = wide - high * SPLIT
@@ -40,7 +40,7 @@ def _dot_split(wide, narrow, DOT: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _decay_kernel(  # type: ignore[no-untyped-def]
+def _decay_kernel(
     n, A, across, T, H, chunks, stride_b, stride_t, one_k, factor, e_factor, one_A,
     Q: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
@@ -66,7 +66,7 @@ def _decay_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _decay_gradient_kernel(  # type: ignore[no-untyped-def]
+def _decay_gradient_kernel(
     n, A, across, d_A, d_across, d_n, T, H, chunks, stride_b, stride_t, factor, e_factor, one_A,
     Q: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
@@ -83,11 +83,16 @@ def _decay_gradient_kernel(  # type: ignore[no-untyped-def]
         n_t = tl.load(n + b.to(tl.int64) * stride_b + time * stride_t + h, mask=present, other=0.0)
         n_t = n_t.to(tl.float32)
         inside = (h < H)[:, None] & (s <= t)[None, :]
-        g = tl.load(d_A + (base + t)[:, None] * Q + s[None, :], mask=inside, other=0.0).to(tl.float32) + carried
+        g = (
+            tl.load(d_A + (base + t)[:, None] * Q + s[None, :], mask=inside, other=0.0).to(tl.float32)
+            + carried
+        )
         g_state = tl.load(d_across + base + t, mask=h < H, other=0.0) + carried_state
         earlier = (h < H)[:, None] & (s < t)[None, :]
         previous = tl.load(A + (base + t - 1)[:, None] * Q + s[None, :], mask=earlier, other=0).to(tl.float32)
-        state = tl.load(across + base + t - 1, mask=(h < H) & (tl.zeros_like(h) + t > 0), other=0).to(tl.float32)
+        state = tl.load(across + base + t - 1, mask=(h < H) & (tl.zeros_like(h) + t > 0), other=0).to(
+            tl.float32
+        )
         state = tl.where(tl.zeros_like(h) + t > 0, state, one_A)
         diagonal = tl.sum(tl.where((s == t)[None, :], g, 0.0), 1)
         d = (tl.sum(g * previous, 1) + g_state * state) * factor - diagonal * e_factor
@@ -98,7 +103,7 @@ def _decay_gradient_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _pair(pointer, time, T, N, n, HALF_N):  # type: ignore[no-untyped-def]
+def _pair(pointer, time, T, N, n, HALF_N):
     """Both halves of rows ``time`` of [T, N]."""
     mask = (time < T)[:, None] & (n < HALF_N)[None, :]
     at = pointer + time[:, None] * N + n[None, :]
@@ -106,7 +111,7 @@ def _pair(pointer, time, T, N, n, HALF_N):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _scan_kernel(  # type: ignore[no-untyped-def]
+def _scan_kernel(
     x, B_hat, C_hat, B_next, A, across, D, cos_Q, sin_Q, states, out,
     T, H, chunks,
     g_factor, g_half, G_limit, m_factor, m_half, M_scale, D_scale, u_factor, u_half, A_u_factor, A_u_half,
@@ -189,7 +194,7 @@ def _scan_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _sum_gradient(gradient, out, at, mask, low, high, factor):  # type: ignore[no-untyped-def]
+def _sum_gradient(gradient, out, at, mask, low, high, factor):
     """Gradient of y before its shift and clamp."""
     g = tl.load(gradient + at, mask=mask, other=0.0).to(tl.float32)
     y = tl.load(out + at, mask=mask, other=0.0).to(tl.float32)
@@ -197,7 +202,7 @@ def _sum_gradient(gradient, out, at, mask, low, high, factor):  # type: ignore[n
 
 
 @triton.jit
-def _state_gradient_kernel(  # type: ignore[no-untyped-def]
+def _state_gradient_kernel(
     gradient, out, C_hat, across, cos_Q, sin_Q, states, d_states, d_through, d_cos, d_sin, T, H, chunks,
     u_factor, A_u_factor, A_u_half, u_scale, r_factor, H_factor, y_factor, low, high,
     P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, DOT: tl.constexpr,
@@ -254,7 +259,7 @@ def _state_gradient_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _chunk_gradient_kernel(  # type: ignore[no-untyped-def]
+def _chunk_gradient_kernel(
     gradient, out, x, B_hat, C_hat, B_next, A, across, D, states, d_states,
     d_x, d_B, d_C, d_N, d_A, d_across, d_D,
     T, H, chunks,
@@ -345,7 +350,7 @@ def _half(places: int) -> float:
 
 
 def _block(size: int) -> int:
-    return max(16, triton.next_power_of_2(size))
+    return max(16, int(triton.next_power_of_2(size)))
 
 
 class _Scalars:

@@ -32,7 +32,7 @@ class Activation(NamedTuple):
 
 
 @triton.jit
-def _sums(  # type: ignore[no-untyped-def]
+def _sums(
     x, taps, bias, base, t, c, T, C, stride_t, HAS_BIAS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -49,7 +49,7 @@ def _sums(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _conv_kernel(  # type: ignore[no-untyped-def]
+def _conv_kernel(
     x, taps, bias, out, T, C, stride_b, stride_t, factor, half, low, high,
     FOUR: tl.constexpr, HAS_BIAS: tl.constexpr, SQUAREPLUS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -70,7 +70,7 @@ def _conv_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _sum_gradient(  # type: ignore[no-untyped-def]
+def _sum_gradient(
     gradient, y, x, taps, bias, b, base, t, c, T, C, stride_t, factor, half, low, high,
     FOUR: tl.constexpr, HAS_BIAS: tl.constexpr, RELU: tl.constexpr, SQUAREPLUS: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -96,12 +96,12 @@ def _sum_gradient(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _conv_gradient_kernel(  # type: ignore[no-untyped-def]
+def _conv_gradient_kernel(
     gradient, y, x, taps, bias, d_x, d_taps, T, C, stride_b, stride_t, factor, half, low, high,
     FOUR: tl.constexpr, HAS_BIAS: tl.constexpr, RELU: tl.constexpr, SQUAREPLUS: tl.constexpr,
     STEPS: tl.constexpr, UNROLL: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Walks back through STEPS steps; the gradients d of the sums of the last four steps stay in registers."""
+    """Walks back through STEPS steps with the gradients d of the sums of the last four in registers."""
     parts = tl.cdiv(T, STEPS)
     b = tl.program_id(0) // parts
     first = (tl.program_id(0) % parts) * STEPS

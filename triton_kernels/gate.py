@@ -1,4 +1,4 @@
-"""The hard-SiLU gate of the integer block: v = y * z clamp(z + 2, 0, 4) / 4, requantized twice, in one pass."""
+"""The hard-SiLU gate of the integer block, v = y * z clamp(z + 2, 0, 4) / 4 requantized twice, in one go."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ class HardSilu(NamedTuple):
 
 
 @triton.jit
-def _gate(z, two, four, g_factor, g_half, g_limit):  # type: ignore[no-untyped-def]
+def _gate(z, two, four, g_factor, g_half, g_limit):
     ramp = tl.minimum(tl.maximum(z + two, 0.0), four)
     g = tl.floor(z * ramp * g_factor + g_half)
     return ramp, tl.minimum(tl.maximum(g, -g_limit), g_limit)
 
 
 @triton.jit
-def _gate_kernel(  # type: ignore[no-untyped-def]
+def _gate_kernel(
     y, z, out, M, D, stride_y, stride_z, two, four, g_factor, g_half, g_limit, v_factor, v_half, v_limit,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -52,13 +52,13 @@ def _gate_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _inside(value, gradient, low, high):  # type: ignore[no-untyped-def]
+def _inside(value, gradient, low, high):
     """The gradient that a clamp passes on, from its result."""
     return tl.where(((value >= high) & (gradient < 0)) | ((value <= low) & (gradient > 0)), 0.0, gradient)
 
 
 @triton.jit
-def _gate_gradient_kernel(  # type: ignore[no-untyped-def]
+def _gate_gradient_kernel(
     gradient, y, z, d_y, d_z, M, D, stride_g, stride_y, stride_z,
     two, four, g_factor, g_half, g_limit, v_factor, v_half, v_limit,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,

@@ -34,7 +34,7 @@ class Rounding:
 
 
 @triton.jit
-def _linear_kernel(  # type: ignore[no-untyped-def]
+def _linear_kernel(
     x,
     weight,
     bias,
@@ -46,6 +46,7 @@ def _linear_kernel(  # type: ignore[no-untyped-def]
     K,
     stride_x,
     stride_out,
+    stride_residual,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -90,13 +91,14 @@ def _linear_kernel(  # type: ignore[no-untyped-def]
     # Up to the end of the padded row: a mask that ends at a multiple of 16 does not split vectors.
     written = (m[:, None] < M) & (n[None, :] < stride_out)
     if HAS_RESIDUAL:
-        y += tl.load(residual + at, mask=written, other=0.0)
+        held = m.to(tl.int64)[:, None] * stride_residual + n[None, :]
+        y += tl.load(residual + held, mask=(m[:, None] < M) & inside[None, :], other=0.0)
     y = tl.minimum(tl.maximum(y, low), high)
     tl.store(out + at, y.to(out.dtype.element_ty), mask=written)
 
 
 @triton.jit
-def _rounding_gradient_kernel(  # type: ignore[no-untyped-def]
+def _rounding_gradient_kernel(
     gradient,
     y,
     rounding,
@@ -172,14 +174,8 @@ def _blocks(M: int, N: int, interpreted: bool) -> dict[str, int]:
 
 
 def _aligned(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An empty [rows, columns] whose rows begin at multiples of 16 elements: Triton loads such rows in vectors."""
+    """An empty [rows, columns] whose rows begin at multiples of 16 elements: Triton loads them in vectors."""
     return torch.empty(rows, triton.cdiv(columns, 16) * 16, dtype=dtype, device=device)[:, :columns]
-
-
-def _with_strides_of(out: Tensor, x: Tensor) -> Tensor:
-    """x [..., N] as rows laid out like ``out``."""
-    rows = rows_of(x)
-    return rows if rows.stride() == out.stride() else torch.empty_like(out).copy_(rows)
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -205,6 +201,7 @@ class _Linear(torch.autograd.Function):
         table = _cached_table(roundings, N, x.device)
         dtype = narrow_dtype(x.device) if residual is None else torch.float32
         out = _aligned(M, N, dtype, x.device)
+        residual = rows_of(residual) if residual is not None else None
         blocks = _blocks(M, N, not x.is_cuda)
         grid = (triton.cdiv(M, blocks["BLOCK_M"]) * triton.cdiv(N, blocks["BLOCK_N"]),)
         _linear_kernel[grid](
@@ -212,13 +209,14 @@ class _Linear(torch.autograd.Function):
             weight,
             bias,
             table,
-            _with_strides_of(out, residual) if residual is not None else None,
+            residual,
             out,
             M,
             N,
             K,
             rows.stride(0),
             out.stride(0),
+            residual.stride(0) if residual is not None else 0,
             HAS_BIAS=bias is not None,
             HAS_RESIDUAL=residual is not None,
             EVEN_K=K % blocks["BLOCK_K"] == 0,
@@ -248,7 +246,8 @@ class _Linear(torch.autograd.Function):
                 continue
             g = rows_of(gradient)
             _rounding_gradient_kernel[(blocks, triton.cdiv(width, block_n))](
-                g, out, table, inner, sums, d_residual, M, N, rounding.start, width, out.stride(0), g.stride(0),
+                g, out, table, inner, sums, d_residual,
+                M, N, rounding.start, width, out.stride(0), g.stride(0),
                 WANT_SUMS=sums is not None, WANT_RESIDUAL=ctx.has_residual,
                 BLOCK_M=block_m, BLOCK_N=block_n,
             )  # fmt: skip

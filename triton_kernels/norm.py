@@ -17,7 +17,8 @@ class Ladder(NamedTuple):
 
     Attributes:
         input_shift, input_limit: how the copy that is squared is made.
-        thresholds, multipliers, places: level = #{sum > threshold}; y = shift(x * multipliers[level], places).
+        thresholds, multipliers, places: level = #{sum > threshold},
+            y = shift(x * multipliers[level], places).
         low, high: of the clamp.
     """
 
@@ -31,7 +32,9 @@ class Ladder(NamedTuple):
 
 
 @triton.jit
-def _factor(x, ladder, FACTOR_IN: tl.constexpr, HALF: tl.constexpr, LIMIT: tl.constexpr, LEVELS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _factor(
+    x, ladder, FACTOR_IN: tl.constexpr, HALF: tl.constexpr, LIMIT: tl.constexpr, LEVELS: tl.constexpr
+):
     """What each row is multiplied by, [rows, 1]."""
     xs = tl.floor(x * FACTOR_IN + HALF)
     xs = tl.minimum(tl.maximum(xs, -LIMIT), LIMIT)
@@ -43,7 +46,7 @@ def _factor(x, ladder, FACTOR_IN: tl.constexpr, HALF: tl.constexpr, LIMIT: tl.co
 
 
 @triton.jit
-def _norm_kernel(  # type: ignore[no-untyped-def]
+def _norm_kernel(
     x_at, ladder, out, M, D, low, high,
     FACTOR_IN: tl.constexpr, HALF: tl.constexpr, LIMIT: tl.constexpr, LEVELS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -60,7 +63,7 @@ def _norm_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _norm_gradient_kernel(  # type: ignore[no-untyped-def]
+def _norm_gradient_kernel(
     gradient, x_at, y_at, ladder, out, M, D, low, high,
     FACTOR_IN: tl.constexpr, HALF: tl.constexpr, LIMIT: tl.constexpr, LEVELS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,

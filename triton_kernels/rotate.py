@@ -13,12 +13,12 @@ from triton_kernels.narrow import narrow_dtype
 
 
 @triton.jit
-def _shift(x, factor):  # type: ignore[no-untyped-def]
+def _shift(x, factor):
     return tl.floor(x * factor + 0.5)
 
 
 @triton.jit
-def _rotate_kernel(  # type: ignore[no-untyped-def]
+def _rotate_kernel(
     x, first, second, sign, out, T, HALF, Q, stride_b, stride_t, factor, SHEAR: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -46,7 +46,7 @@ def _rotate_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _rotate_gradient_kernel(  # type: ignore[no-untyped-def]
+def _rotate_gradient_kernel(
     gradient, x, first, second, sign, d_x, d_first, d_second, T, HALF, Q, group, stride_b, stride_t, factor,
     SHEAR: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -94,9 +94,7 @@ def _rotate_gradient_kernel(  # type: ignore[no-untyped-def]
 
 class _Rotate(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, first: Tensor, second: Tensor, sign: Tensor | None, frac: int
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, first: Tensor, second: Tensor, sign: Tensor | None, frac: int) -> Tensor:
         if x.stride(-1) != 1:
             x = x.contiguous()
         first, second = first.contiguous(), second.contiguous()
@@ -134,7 +132,7 @@ def rotate(x: Tensor, first: Tensor, second: Tensor, sign: Tensor | None, frac: 
 
     Args:
         x: narrow integers [B, T, N].
-        first, second: integers, float32 [Q, N/2]: cos and sin of the table form, lam and gam of the shear form.
+        first, second: integers, float32 [Q, N/2]: cos and sin of the table form, lam and gam of the other.
         sign: +-1 [Q, N/2] of the shear form; None for the table form.
         frac: binary places of the constants.
 

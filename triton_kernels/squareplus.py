@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 @triton.jit
-def integer_root(square):  # type: ignore[no-untyped-def]
+def integer_root(square):
     """floor(sqrt(square)) of int32 0..2^30: a float root is at most one off, and is put right."""
     root = tl.sqrt_rn(square.to(tl.float32)).to(tl.int32)
     root = tl.where(root * root > square, root - 1, root)
@@ -17,13 +17,13 @@ def integer_root(square):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def squareplus_of(x, FOUR: tl.constexpr):  # type: ignore[no-untyped-def]
+def squareplus_of(x, FOUR: tl.constexpr):
     """shift(x + floor(sqrt(x^2 + FOUR)), 1) of int32 x."""
     return (x + integer_root(x * x + FOUR) + 1) >> 1
 
 
 @triton.jit
-def _squareplus_kernel(x, out, count, FOUR: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _squareplus_kernel(x, out, count, FOUR: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(x + i, mask=i < count, other=0)
     tl.store(out + i, squareplus_of(value, FOUR), mask=i < count)

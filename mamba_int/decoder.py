@@ -1,8 +1,8 @@
-"""Token-by-token execution of an integer graph in PyTorch: constant memory, and the integers of the whole run.
+"""Token-by-token execution of an integer graph in PyTorch: constant memory, the integers of the whole run.
 
 The state of the past is the row A[t, .] and the tokens of the open chunk, H, and the window of each
-convolution ("The integer selective scan"; Mamba-2, arXiv 2405.21060, section 6, for the chunked form). It lives
-in preallocated tensors that a step changes in place, so a CUDA graph can replay it.
+convolution; see ``mamba_int.operations.ssd``. It lives in preallocated tensors that a step changes in place, so
+that a CUDA graph can replay it.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ class Decoder:
         executor = Executor(graph, device)
         if cuda_graph and executor.device.type != "cuda":
             raise MambaintError(
-                f"there are no CUDA graphs on the device '{executor.device}'", "leave cuda_graph out, or use cuda"
+                f"there are no CUDA graphs on the device '{executor.device}'",
+                "leave cuda_graph out, or use cuda",
             )
         self.graph, self.batch, self.device = graph, batch, executor.device
         self._dtype, self._nodes = executor.dtype, executor.nodes
@@ -221,13 +222,9 @@ class Decoder:
         """Capture a step and the end of a chunk; the third is where a replayed step leaves its logits."""
         step, end = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with torch.cuda.device(self.device):
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(WARM_UP):
-                    self._advance()
-                    self._end_chunks()
-            torch.cuda.current_stream().wait_stream(stream)
+            for _ in range(WARM_UP):
+                self._advance()
+                self._end_chunks()
             with torch.cuda.graph(step):
                 logits = self._advance()
             with torch.cuda.graph(end, pool=step.pool()):
@@ -278,9 +275,14 @@ class Decoder:
         return torch.stack(logits)
 
     def _prefill_group(
-        self, prompts: list[IntArray], lengths: IntArray, rows: list[int], group: list[int], logits: list[Tensor]
+        self,
+        prompts: list[IntArray],
+        lengths: IntArray,
+        rows: list[int],
+        group: list[int],
+        logits: list[Tensor],
     ) -> None:
-        """Run the prompts whose indices are in ``group`` together; fill their ``rows`` and their ``logits``."""
+        """Run the prompts with indices in ``group`` together; fill their ``rows`` and their ``logits``."""
         padded = np.full(
             (len(group), int(lengths[group].max()), *prompts[0].shape[1:]), self.graph.input.integer("low")
         )

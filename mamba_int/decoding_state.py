@@ -35,7 +35,7 @@ def initial_memories(graph: Graph) -> dict[str, dict[str, IntArray]]:
         operation = OPERATIONS[node.op]
         if not operation.causal:
             raise MambaintError(
-                f"the model cannot be run token by token: its '{node.name}' ({node.op}) needs all steps at once",
+                f"the model cannot run token by token: its '{node.name}' ({node.op}) needs all steps at once",
                 "give a language model, or run this one on whole sequences with 'mambaint run'",
             )
         memory = operation.initial_memory(node, [graph.types[name] for name in node.inputs])
@@ -147,7 +147,11 @@ class DecodingState:
 
     def save(self, path: Path) -> None:
         """Write a state on the host atomically, as safetensors."""
-        tensors = {f"{node}:{name}": value for node, memory in self.memories.items() for name, value in memory.items()}
+        tensors = {
+            f"{node}:{name}": value
+            for node, memory in self.memories.items()
+            for name, value in memory.items()
+        }
         document = {"format": FORMAT, "version": VERSION, "model_id": self.model_id}
         # One key only: safetensors writes several in random order.
         metadata = {"mambaint": canonical_json(document).decode()}
@@ -169,7 +173,9 @@ class DecodingState:
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
             raise MambaintError(f"{path} is not a decoding state, or is truncated", _REMEDY) from error
         if document != {"format": FORMAT, "version": VERSION, "model_id": graph.model_id}:
-            raise MambaintError(f"{path} is not a decoding state of the model {graph.model_id[:16]}...", _REMEDY)
+            raise MambaintError(
+                f"{path} is not a decoding state of the model {graph.model_id[:16]}...", _REMEDY
+            )
         position = tensors.pop("position", np.zeros(()))
         if position.ndim != 1 or position.dtype != np.int64 or (position < 0).any():
             raise MambaintError(f"{path} has no positions", _REMEDY)

@@ -26,8 +26,8 @@ class SamplingConfig:
     Attributes:
         temperature: divides the logits; 0 is greedy, the likeliest token, of equals the first.
         top_k: only the k likeliest tokens; 0 for all. Of equals the first.
-        top_p: only the fewest likeliest tokens that together have at least this probability (nucleus sampling,
-            Holtzman et al. 2020, arXiv 1904.09751), after ``top_k``.
+        top_p: only the fewest likeliest tokens that together have at least this probability, after ``top_k``
+            (nucleus sampling, Holtzman et al. 2020, arXiv 1904.09751).
         seed: of the random numbers.
     """
 
@@ -54,8 +54,8 @@ class Sampler:
 
     A token whose logit is d below the largest weighs round(2^32 exp(-d 2^-frac / temperature)), from a table
     that NumPy makes once; after that there are only integers, and one product of a uniform number with their
-    sum. Row i draws from a generator of its own, seeded by (seed, i) alone: what it chooses depends on its own
-    logits and its place in the batch, neither on the batch's size nor on the device.
+    sum. Row i draws from a generator of its own, seeded by (seed, i) alone: what it chooses depends on its
+    own logits and its place in the batch, neither on the batch's size nor on the device.
 
     Args:
         graph: its logits' binary places and bounds.
@@ -92,7 +92,7 @@ class Sampler:
         if self.config.temperature == 0:
             return logits.argmax(-1)
         # Stable: of equal logits the first token comes first.
-        ordered, tokens = logits.sort(-1, descending=True, stable=True)
+        ordered, tokens = logits.sort(stable=True, dim=-1, descending=True)
         distance = (ordered[:, :1] - ordered).clamp(max=len(self._weights) - 1)
         weights = self._weights[distance]
         if self.config.top_k:
@@ -106,4 +106,5 @@ class Sampler:
         drawn = (uniform.to(logits.device) * total).long()
         # The product may round up to the sum itself.
         place = (sums <= torch.minimum(drawn, total - 1)).sum(-1, keepdim=True)
-        return tokens.gather(-1, place)[:, 0]
+        chosen: Tensor = tokens.gather(-1, place)[:, 0]
+        return chosen

@@ -25,7 +25,7 @@ class Operation(ABC):
 
     name: ClassVar[str]
     causal: ClassVar[bool] = True
-    """Whether step t of the result depends on the steps 0..t alone, so that it can be computed as they come."""
+    """Whether step t of the result depends on the steps 0..t alone, so that it can be had as they come."""
 
     @abstractmethod
     def infer(self, node: Node, inputs: Sequence[TensorType], seq_len: int) -> TensorType:
@@ -82,7 +82,9 @@ class Operation(ABC):
         """The most steps a sequence can have; None if any number."""
         return None
 
-    def evaluate_chunk_end(self, node: Node, memory: Memory, ended: NDArray[np.bool_], record: Record) -> None:
+    def evaluate_chunk_end(
+        self, node: Node, memory: Memory, ended: NDArray[np.bool_], record: Record
+    ) -> None:
         """Bring the memory over the end of a chunk.
 
         Args:
@@ -91,9 +93,11 @@ class Operation(ABC):
             ended: bool [batch], the rows whose chunk is full; the others stay as they are.
             record: receives the intermediates, meaningful in the rows that ended.
         """
+        raise NotImplementedError(f"{self.name} has no chunks")
 
     def execute_chunk_end(self, node: Node, memory: Memory, ended: Tensor, record: Record) -> None:
         """:meth:`evaluate_chunk_end` on integer-valued floats, under the rules of :meth:`execute_step`."""
+        raise NotImplementedError(f"{self.name} has no chunks")
 
     def memorize(
         self,
@@ -116,6 +120,7 @@ class Operation(ABC):
             memory: as before the first step in ``rows``, which are written.
             rows: indices into the memory, as many as ``source``.
         """
+        raise NotImplementedError(f"{self.name} has no memory")
 
 
 def rounding_shift(x: IntArray, k: int) -> IntArray:

@@ -330,7 +330,9 @@ class Ssd(Operation):
         result: IntArray = y.reshape(len(x), 1, -1)
         return result
 
-    def evaluate_chunk_end(self, node: Node, memory: Memory, ended: NDArray[np.bool_], record: Record) -> None:
+    def evaluate_chunk_end(
+        self, node: Node, memory: Memory, ended: NDArray[np.bool_], record: Record
+    ) -> None:
         beta, kappa, sigma, inflow = self._boundary(node, memory["A"], memory["x"], memory["B_next"])
         H = self._next_H(node, memory["H"], kappa, sigma, inflow)
         for name, value in (("beta", beta), ("kappa", kappa), ("sigma", sigma), ("H", H)):

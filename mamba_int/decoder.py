@@ -1,13 +1,14 @@
 """Token-by-token execution of an integer graph in PyTorch: constant memory, the integers of the whole run.
 
 The state of the past is the row A[t, .] and the tokens of the open chunk, H, and the window of each
-convolution; see ``mamba_int.operations.ssd``. It lives in preallocated tensors that a step changes in place, so
-that a CUDA graph can replay it.
+convolution; see ``mamba_int.operations.ssd``. It lives in preallocated tensors that a step changes in place,
+so that a CUDA graph can replay it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from mamba_int.decoding_state import DecodingState, require_room
+from mamba_int.decoding_state import DecodingState
 from mamba_int.errors import MambaintError
 from mamba_int.executor import Executor
 from mamba_int.graph import Graph, IntArray, Node
@@ -123,7 +124,7 @@ class Decoder:
             }
 
         position = torch.tensor(state.position, device=self.device)
-        return DecodingState(state.model_id, position, held(state.memories), held(state.initial))
+        return replace(state, position=position, memories=held(state.memories), initial=held(state.initial))
 
     # -- one step -----------------------------------------------------------------------------------------
 
@@ -144,15 +145,16 @@ class Decoder:
             MambaintError: for inputs that do not fit, or a step beyond what the model can carry.
         """
         tensor = inputs if isinstance(inputs, Tensor) else torch.from_numpy(np.asarray(inputs))
-        if tensor.device.type == "cpu":
-            tensor = torch.from_numpy(check_input(self.graph, tensor.numpy()[:, None]))
-        if tensor.numel() != self._inputs.numel() or len(tensor) != self.batch:
+        wanted = [self.batch, *self._inputs.shape[2:]]
+        if list(tensor.shape) != wanted:
             raise MambaintError(
-                f"a step has shape {list(tensor.shape)}, the decoder takes {self.batch} sequences",
-                "give one step of each",
+                f"a step has shape {list(tensor.shape)}, the decoder takes {wanted}",
+                f"give one step of each of its {self.batch} sequences",
             )
-        require_room(self.graph, int(self._position.max()) + 1)
-        self._inputs.copy_(tensor.reshape(self._inputs.shape))
+        if tensor.device.type == "cpu":
+            check_input(self.graph, tensor.numpy()[:, None])
+        self.state.require_room(int(self._position.max()) + 1)
+        self._inputs.copy_(tensor[:, None])
         replay = self._replay if trace is None else None
         if replay is None:
             logits = self._advance(trace)
@@ -262,7 +264,7 @@ class Decoder:
                 raise MambaintError(f"prompt {i} is empty", "give at least one token")
             checked.append(check_input(self.graph, np.asarray(prompt)[None])[0])
         lengths = np.array([len(prompt) for prompt in checked], np.int64)
-        require_room(self.graph, int(lengths.max()))
+        self.state.require_room(int(lengths.max()))
         self.reset(chosen)
         logits: list[Tensor] = [self._inputs] * len(checked)
         for group in _groups(lengths):

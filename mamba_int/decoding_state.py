@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -44,26 +44,6 @@ def initial_memories(graph: Graph) -> dict[str, dict[str, IntArray]]:
     return memories
 
 
-def longest_sequence(graph: Graph) -> int | None:
-    """The most steps the graph can decode; None if any number."""
-    limits = [OPERATIONS[node.op].longest(node) for node in graph.nodes]
-    return min((limit for limit in limits if limit is not None), default=None)
-
-
-def require_room(graph: Graph, steps: int) -> None:
-    """Refuse a sequence of so many steps if the graph has no state to carry it that far.
-
-    Raises:
-        MambaintError: naming the limit.
-    """
-    limit = longest_sequence(graph)
-    if limit is not None and steps > limit:
-        raise MambaintError(
-            f"step {steps} is beyond the one chunk of {limit} steps that this model has",
-            "give a model exported with more than one chunk, or shorter sequences",
-        )
-
-
 @dataclass
 class DecodingState:
     """The memory of a batch of sequences, each at a position of its own.
@@ -76,12 +56,14 @@ class DecodingState:
         position: int64 [batch], steps consumed.
         memories: node -> name -> [batch, ...].
         initial: node -> name -> [...], one sequence before its first step.
+        longest: the most steps a sequence can have; None if any number.
     """
 
     model_id: str
     position: Any
     memories: dict[str, Memory]
     initial: dict[str, Memory]
+    longest: int | None = None
 
     @classmethod
     def of(cls, graph: Graph, batch: int) -> Self:
@@ -95,7 +77,9 @@ class DecodingState:
             node: {name: np.repeat(value[None], batch, 0) for name, value in memory.items()}
             for node, memory in initial.items()
         }
-        return cls(graph.model_id, np.zeros(batch, np.int64), memories, dict(initial))
+        limits = [OPERATIONS[node.op].longest(node) for node in graph.nodes]
+        longest = min((limit for limit in limits if limit is not None), default=None)
+        return cls(graph.model_id, np.zeros(batch, np.int64), memories, dict(initial), longest)
 
     @property
     def batch(self) -> int:
@@ -107,6 +91,18 @@ class DecodingState:
         """Bytes held for all sequences; independent of their lengths."""
         tensors = [value for memory in self.memories.values() for value in memory.values()]
         return int(sum(value.nbytes for value in (self.position, *tensors)))
+
+    def require_room(self, steps: int) -> None:
+        """Refuse sequences of so many steps if there is no state to carry them that far.
+
+        Raises:
+            MambaintError: naming the limit.
+        """
+        if self.longest is not None and steps > self.longest:
+            raise MambaintError(
+                f"step {steps} is beyond the one chunk of {self.longest} steps that this model has",
+                "give a model exported with more than one chunk, or shorter sequences",
+            )
 
     def reset(self, rows: Sequence[int] | None = None) -> None:
         """Put these rows, or all, before their first step."""
@@ -122,7 +118,7 @@ class DecodingState:
             node: {name: value.copy() for name, value in memory.items()}
             for node, memory in self.memories.items()
         }
-        return DecodingState(self.model_id, self.position.copy(), memories, self.initial)
+        return replace(self, position=self.position.copy(), memories=memories)
 
     def inspect(self) -> dict[str, Any]:
         """Positions, bytes and every tensor with its shape, as JSON values."""

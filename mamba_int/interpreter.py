@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from mamba_int.decoding_state import DecodingState, require_room
+from mamba_int.decoding_state import DecodingState
 from mamba_int.errors import MambaintError
 from mamba_int.graph import Graph, IntArray, Node
 from mamba_int.operations import OPERATIONS
@@ -89,7 +89,7 @@ def evaluate_step(
     Raises:
         MambaintError: for a step beyond what the model can carry.
     """
-    require_room(graph, int(state.position.max(initial=-1)) + 1)
+    state.require_room(int(state.position.max(initial=-1)) + 1)
 
     def run(node: Node, operands: list[IntArray], record: Record) -> IntArray:
         memory = state.memories.get(node.name, {})

@@ -1,7 +1,7 @@
 """Tokens per second of decoding: batch 1, 16 and 128, CUDA graph replays beside eager steps.
 
-``python -m benchmarks.decode [cpu|cuda]`` prints the rows as JSON. The weights are random: what a token costs
-does not depend on them.
+``python -m benchmarks.decode [cpu|cuda] [char|large]`` prints the rows as JSON. The weights are random: what a
+token costs does not depend on them.
 """
 
 from __future__ import annotations
@@ -34,6 +34,21 @@ CHAR = MambaIntConfig(
     chunk_size=16,
 )
 """The model of the ``char`` preset."""
+LARGE = MambaIntConfig(
+    task="language_model",
+    vocab_size=4096,
+    seq_len=512,
+    d_model=768,
+    n_layer=24,
+    headdim=64,
+    d_state=64,
+    chunk_size=32,
+    # 768 squares of 9 bits are beyond 24 bits, and so beyond float32.
+    norm_input_bits=7,
+    norm_shift=6,
+)
+"""The shape of the public integer Mamba's training benchmark, within 24 bits."""
+CONFIGS = {"char": CHAR, "large": LARGE}
 
 
 @dataclass(frozen=True)
@@ -118,10 +133,11 @@ def _wait(device: str) -> None:
 
 
 def main() -> None:
-    """Measure the ``char`` model on one device and print the rows."""
-    device = sys.argv[1] if len(sys.argv) > 1 else "cpu"
+    """Measure one model on one device and print the rows."""
+    device, config = [*sys.argv[1:], *("cpu", "char")[len(sys.argv) - 1 :]]
     torch.set_num_threads(1)
-    print(json.dumps([asdict(row) for row in measure_decode(random_language_model(CHAR), device)], indent=2))
+    rows = measure_decode(random_language_model(CONFIGS[config]), device)
+    print(json.dumps([asdict(row) for row in rows], indent=2))
 
 
 if __name__ == "__main__":

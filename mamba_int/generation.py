@@ -19,7 +19,7 @@ class Generation:
         tokens: the new tokens of each sequence.
         stopped: whether a sequence ended by itself, not at the limit.
         prefill_seconds: for the prompts.
-        decode_seconds: for the new tokens.
+        decode_seconds: for the tokens after the first.
     """
 
     tokens: list[list[int]]
@@ -29,8 +29,8 @@ class Generation:
 
     @property
     def tokens_per_second(self) -> float:
-        """New tokens of all sequences, by the time from the first choice to the last."""
-        return sum(map(len, self.tokens)) / max(self.decode_seconds, 1e-9)
+        """Of all sequences together, without the first token of each, which comes with its prompt."""
+        return sum(max(0, len(tokens) - 1) for tokens in self.tokens) / max(self.decode_seconds, 1e-9)
 
 
 def generate(

@@ -79,6 +79,24 @@ def test_top_p_keeps_the_token_that_crosses_it() -> None:
     assert seen == {0.4: {0}, 0.6: {0, 1}, 0.8: {0, 1, 2}, 1.0: {0, 1, 2, 3, 4, 5}}
 
 
+def test_top_k_keeps_k_and_of_equals_the_first() -> None:
+    for k in (1, 2, 5):
+        assert set(draw([[0, 3, 3, 0, 3, 0]], SamplingConfig(100.0, top_k=k), 200)[:, 0].tolist()) == set(
+            [1, 2, 4, 0, 3][:k]
+        )
+
+
+@pytest.mark.parametrize(("uniform", "token"), [(0.0, 0), (0.5 - 2**-53, 0), (0.5, 1), (1 - 2**-53, 1)])
+def test_a_number_on_the_edge_of_two_tokens_chooses_the_second(uniform: float, token: int) -> None:
+    class Fixed:
+        def random(self) -> float:
+            return uniform
+
+    sampler = Sampler(logits_graph(), SamplingConfig(top_k=2), 1)
+    sampler._generators = [Fixed()]  # type: ignore[list-item]
+    assert sampler(torch.zeros(1, 6, dtype=torch.int64)).tolist() == [token]
+
+
 def test_a_row_depends_on_its_seed_and_place_alone() -> None:
     logits = torch.randint(-40, 40, (30, 5, 6), generator=torch.Generator().manual_seed(0))
     graph, config = logits_graph(), SamplingConfig(seed=3)
@@ -91,6 +109,17 @@ def test_a_row_depends_on_its_seed_and_place_alone() -> None:
     for batch in (1, 2, 4):
         np.testing.assert_array_equal(run(batch), whole[:, :batch])
     assert (run(5, replace(config, seed=4)) != whole).any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "config", [SamplingConfig(0), SamplingConfig(0.8, 4, 0.9), SamplingConfig(2.0, seed=1)]
+)
+def test_a_device_chooses_the_same_tokens(config: SamplingConfig) -> None:
+    logits = torch.randint(-40, 40, (30, 5, 6), generator=torch.Generator().manual_seed(0))
+    host, device = Sampler(logits_graph(), config, 5), Sampler(logits_graph(), config, 5, "cuda")
+    for step in logits:
+        assert device(step.cuda()).tolist() == host(step).tolist()
 
 
 def test_equal_rows_draw_different_tokens() -> None:

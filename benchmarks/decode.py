@@ -1,7 +1,7 @@
 """Tokens per second of decoding: batch 1, 16 and 128, CUDA graph replays beside eager steps.
 
-``python -m benchmarks.decode [cpu|cuda] [char|large]`` prints the rows as JSON. The weights are random: what a
-token costs does not depend on them.
+``python -m benchmarks.decode [cpu|cuda] [char|large]`` prints the rows as JSON. The weights are random: what
+a token costs does not depend on them.
 """
 
 from __future__ import annotations

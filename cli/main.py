@@ -18,6 +18,7 @@ COMMANDS = {
     "quantize": "cli.quantize",
     "inspect": "cli.inspect",
     "run": "cli.run",
+    "generate": "cli.generate",
     "estimate": "cli.estimate",
     "setup": "cli.setup",
     "prove": "cli.prove",

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from mamba_int.decoding_state import DecodingState
 from mamba_int.errors import MambaintError
-from mamba_int.graph import Graph, IntArray
+from mamba_int.graph import Graph, IntArray, Node
 from mamba_int.operations import OPERATIONS
+from mamba_int.operations.base import Record
 
 
 def check_input(graph: Graph, values: ArrayLike) -> IntArray:
@@ -61,15 +64,68 @@ def evaluate(graph: Graph, inputs: IntArray, trace: dict[str, IntArray] | None =
     Returns:
         The logits, int64 [batch, ...]; real values are ``logits * 2**-frac`` of the output node.
     """
+
+    def run(node: Node, operands: list[IntArray], record: Record) -> IntArray:
+        return OPERATIONS[node.op].evaluate(node, operands, record)
+
+    return _walk(graph, inputs, trace, run)
+
+
+def evaluate_step(
+    graph: Graph, inputs: IntArray, state: DecodingState, trace: dict[str, IntArray] | None = None
+) -> IntArray:
+    """Run the next step of a batch of sequences: equal to :func:`evaluate` of all their steps, at the last.
+
+    Args:
+        graph: a causal model.
+        inputs: int64 [batch, ...], one step of what :func:`check_input` returns.
+        state: what the steps before have left, on the host; it is brought over this one.
+        trace: if given, receives every tensor [batch, 1, ...] and every intermediate of the step; those of
+            the end of a chunk mean something only in rows where one ended.
+
+    Returns:
+        The logits of the step, int64 [batch, ...].
+
+    Raises:
+        MambaintError: for a step beyond what the model can carry.
+    """
+    state.require_room(int(state.position.max(initial=-1)) + 1)
+
+    def run(node: Node, operands: list[IntArray], record: Record) -> IntArray:
+        memory = state.memories.get(node.name, {})
+        return OPERATIONS[node.op].evaluate_step(node, operands, memory, state.position, record)
+
+    logits = _walk(graph, inputs[:, None], trace, run)[:, 0]
+    state.position += 1
+    for node in graph.nodes:
+        chunk = OPERATIONS[node.op].chunk(node)
+        if chunk is not None:
+            ended = state.position % chunk == 0
+            if ended.any():
+                record = _recorder(node, trace)
+                OPERATIONS[node.op].evaluate_chunk_end(node, state.memories[node.name], ended, record)
+    return logits
+
+
+def _recorder(node: Node, trace: dict[str, IntArray] | None) -> Record:
+    def record(name: str, value: Any) -> None:
+        if trace is not None:
+            trace[f"{node.name}.{name}"] = value
+
+    return record
+
+
+def _walk(
+    graph: Graph,
+    inputs: IntArray,
+    trace: dict[str, IntArray] | None,
+    run: Callable[[Node, list[IntArray], Record], IntArray],
+) -> IntArray:
+    """Every node in its order; the value of the output."""
     values: dict[str, IntArray] = {}
     for node in graph.nodes:
-
-        def record(name: str, value: Any, prefix: str = node.name) -> None:
-            if trace is not None:
-                trace[f"{prefix}.{name}"] = value
-
         operands = [inputs] if node.op == "input" else [values[name] for name in node.inputs]
-        values[node.name] = OPERATIONS[node.op].evaluate(node, operands, record)
+        values[node.name] = run(node, operands, _recorder(node, trace))
     if trace is not None:
         trace.update(values)
     return values[graph.output]

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+@cache
+def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A vector on the device, copied there once: a CUDA graph cannot hold a copy from the host."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=dtype, device=device)
 
 
 class _BitShiftNorm(torch.autograd.Function):
@@ -57,10 +65,9 @@ def bit_shift_norm(
         xs = torch.floor(x * 2.0**-input_shift + 0.5) if input_shift else x
         xs = xs.clamp(-input_limit, input_limit)
         squares = (xs * xs).sum(-1, keepdim=True)
-        level = torch.zeros_like(squares)
-        for threshold in thresholds:
-            level += squares > threshold
-        factors = x.new_tensor(multipliers) * 2.0**-places
-        factor = factors[level.long()]
+        steps = _constant(tuple(thresholds), x.dtype, x.device)
+        factors = _constant(tuple(m * 2.0**-places for m in multipliers), x.dtype, x.device)
+        index = (squares > steps).sum(-1, keepdim=True)
+        level, factor = index.to(x.dtype), factors[index]
     result: Tensor = _BitShiftNorm.apply(x, factor)
     return result, {"xs": xs, "squares": squares, "level": level}

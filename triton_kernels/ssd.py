@@ -101,6 +101,42 @@ def decay_products(n: Tensor, decay_bits: int, A_bits: int, rounding: bool = Tru
     return result
 
 
+def boundary(
+    last: Tensor,
+    X: Tensor,
+    B_next: Tensor,
+    scales: SsdScales,
+    cos_Q: Tensor,
+    sin_Q: Tensor,
+    rounding: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What a chunk hands on to the state.
+
+    Args:
+        last: A[Q-1, .], [..., H, Q + 1]. X: x by head, [..., H, Q, P]. B_next: [..., Q, N].
+        scales: static shifts. cos_Q, sin_Q: rotation over a whole chunk [N/2].
+        rounding: False for the float twin.
+
+    Returns:
+        beta [..., H, Q, N], kappa and sigma [..., H, N/2], and the aligned sum_s x_s beta_s [..., H, P, N].
+    """
+    beta = shift(last[..., 1:, None] * B_next[..., None, :, :], scales.beta_shift, rounding)
+    inflow = X.transpose(-1, -2) @ beta * 2.0**scales.H_align
+    kappa = shift(last[..., :1] * cos_Q, scales.rotation_frac, rounding)
+    sigma = shift(last[..., :1] * sin_Q, scales.rotation_frac, rounding)
+    return beta, kappa, sigma, inflow
+
+
+def next_state(
+    H: Tensor, kappa: Tensor, sigma: Tensor, inflow: Tensor, scales: SsdScales, rounding: bool = True
+) -> Tensor:
+    """The state after a chunk, [..., P, N], from the one before it and what :func:`boundary` returns."""
+    half = kappa.shape[-1]
+    H1, H2, kap, sig = H[..., :half], H[..., half:], kappa[..., None, :], sigma[..., None, :]
+    turned = torch.cat([kap * H1 - sig * H2, sig * H1 + kap * H2], -1)
+    return shift(turned + inflow, scales.A_bits, rounding)
+
+
 def ssd(
     x: Tensor,
     B_hat: Tensor,
@@ -151,21 +187,13 @@ def ssd(
     if chunks > 1:
         if B_next is None or cos_Q is None or sin_Q is None:
             raise ValueError(f"a sequence of {length} steps needs B_next, cos_Q and sin_Q")
-        half = state // 2
-        beta = shift(A[..., -1, 1:, None] * chunked(B_next)[:, :, None], q.beta_shift, rounding)
-        inputs = X.transpose(-1, -2) @ beta * 2.0**q.H_align
-        across = A[..., -1, :1]
-        kappa = shift(across * cos_Q, q.rotation_frac, rounding)
-        sigma = shift(across * sin_Q, q.rotation_frac, rounding)
+        beta, kappa, sigma, inflow = boundary(A[..., -1, :], X, chunked(B_next), q, cos_Q, sin_Q, rounding)
         H = x.new_zeros(batch, heads, q.headdim, state)
         reads, states = [], []
         for i in range(chunks):
             reads.append(H @ Ch[:, i, None].transpose(-1, -2))
             if i + 1 < chunks:
-                H1, H2 = H[..., :half], H[..., half:]
-                kap, sig = kappa[:, i, :, None], sigma[:, i, :, None]
-                turned = torch.cat([kap * H1 - sig * H2, sig * H1 + kap * H2], -1)
-                H = shift(turned + inputs[:, i], q.A_bits, rounding)
+                H = next_state(H, kappa[:, i], sigma[:, i], inflow[:, i], q, rounding)
                 states.append(H)
         u = shift(torch.stack(reads, 1), q.u_shift, rounding)
         A_u = shift(A[..., 0], q.A_bits - q.A_u_bits, rounding)

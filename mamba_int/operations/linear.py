@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mamba_int.graph import IntArray, Node, TensorType
-from mamba_int.operations.base import Operation, Record, check
+from mamba_int.operations.base import Memory, Operation, Record, check
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,22 +62,68 @@ class Conv(Operation):
         return TensorType(x.shape, low, high, peak)
 
     def evaluate(self, node: Node, inputs: Sequence[IntArray], record: Record) -> IntArray:
-        (x,), taps = inputs, node.constants["taps"]
-        length, width = x.shape[1], taps.shape[1]
-        padded = np.pad(x, ((0, 0), (width - 1, 0), (0, 0)))
+        (x,), width = inputs, node.constants["taps"].shape[1]
+        return self._slide(node, np.pad(x, ((0, 0), (width - 1, 0), (0, 0))))
+
+    @staticmethod
+    def _slide(node: Node, x: IntArray) -> IntArray:
+        """The taps at every place where all of them meet a step: [batch, T + K - 1, C] to [batch, T, C]."""
+        taps = node.constants["taps"]
+        width = taps.shape[1]
+        length = x.shape[1] - width + 1
         y: IntArray = sum(
-            (padded[:, i : i + length] * taps[:, i] for i in range(width)), np.zeros_like(x, dtype=np.int64)
+            (x[:, i : i + length] * taps[:, i] for i in range(width)),
+            np.zeros((len(x), length, len(taps)), np.int64),
         )
         return y + node.constants["bias"] if "bias" in node.constants else y
 
     def execute(self, node: Node, inputs: Sequence[Tensor], record: Record, rounding: bool) -> Tensor:
-        # Shifted products rather than conv1d: no Winograd or FFT algorithm may touch exact integers.
         from torch.nn.functional import pad
 
-        (x,), taps = inputs, node.constants["taps"]
-        length, width = x.shape[1], taps.shape[1]
-        padded = pad(x, (0, 0, width - 1, 0))
-        y: Tensor = x * taps[:, -1]
+        (x,), width = inputs, node.constants["taps"].shape[1]
+        return self._slide_tensor(node, pad(x, (0, 0, width - 1, 0)))
+
+    @staticmethod
+    def _slide_tensor(node: Node, x: Tensor) -> Tensor:
+        # Shifted products rather than conv1d: no Winograd or FFT algorithm may touch exact integers.
+        taps = node.constants["taps"]
+        width = taps.shape[1]
+        length = x.shape[1] - width + 1
+        y: Tensor = x[:, width - 1 :] * taps[:, -1]
         for i in range(width - 1):
-            y = y + padded[:, i : i + length] * taps[:, i]
+            y = y + x[:, i : i + length] * taps[:, i]
         return y + node.constants["bias"] if "bias" in node.constants else y
+
+    def initial_memory(self, node: Node, inputs: Sequence[TensorType]) -> dict[str, IntArray]:
+        channels, width = node.constants["taps"].shape
+        return {"window": np.zeros((width - 1, channels), np.int64)}
+
+    def evaluate_step(
+        self, node: Node, inputs: Sequence[IntArray], memory: Memory, position: IntArray, record: Record
+    ) -> IntArray:
+        seen = np.concatenate([memory["window"], inputs[0]], 1)
+        memory["window"][:] = seen[:, 1:]
+        return self._slide(node, seen)
+
+    def execute_step(
+        self, node: Node, inputs: Sequence[Tensor], memory: Memory, position: Tensor, record: Record
+    ) -> Tensor:
+        import torch
+
+        seen = torch.cat([memory["window"], inputs[0]], 1)
+        memory["window"].copy_(seen[:, 1:])
+        return self._slide_tensor(node, seen)
+
+    def memorize(
+        self,
+        node: Node,
+        inputs: Sequence[Any],
+        internals: Mapping[str, Any],
+        source: Any,
+        length: int,
+        memory: Memory,
+        rows: Any,
+    ) -> None:
+        window = memory["window"]
+        kept = min(window.shape[1], length)
+        window[rows, window.shape[1] - kept :] = inputs[0][:, length - kept : length][source]

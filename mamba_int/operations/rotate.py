@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mamba_int.graph import IntArray, Node, TensorType
-from mamba_int.operations.base import Operation, Record, check, rounding_shift
+from mamba_int.operations.base import Memory, Operation, Record, check, rounding_shift
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,9 +67,17 @@ class Rotate(Operation):
         return float(stretch.max()), float(slack.max())
 
     def evaluate(self, node: Node, inputs: Sequence[IntArray], record: Record) -> IntArray:
-        x, frac = inputs[0], node.integer("constant_frac")
-        row = np.arange(x.shape[1]) % node.integer("period")
-        half = x.shape[-1] // 2
+        return self._turn(node, inputs[0], np.arange(inputs[0].shape[1]) % node.integer("period"))
+
+    def evaluate_step(
+        self, node: Node, inputs: Sequence[IntArray], memory: Memory, position: IntArray, record: Record
+    ) -> IntArray:
+        return self._turn(node, inputs[0], position[:, None] % node.integer("period"))
+
+    @staticmethod
+    def _turn(node: Node, x: IntArray, row: IntArray) -> IntArray:
+        """Rotate x [batch, T, N] by the constants of ``row``, [T] or [batch, T]."""
+        frac, half = node.integer("constant_frac"), x.shape[-1] // 2
         v1, v2 = x[..., :half], x[..., half:]
         if node.attributes["form"] == "table":
             c, s = node.constants["cos"][row], node.constants["sin"][row]
@@ -83,11 +91,22 @@ class Rotate(Operation):
     def execute(self, node: Node, inputs: Sequence[Tensor], record: Record, rounding: bool) -> Tensor:
         import torch
 
+        x = inputs[0]
+        row = torch.arange(x.shape[1], device=x.device) % node.integer("period")
+        return self._turn_tensor(node, x, row, rounding)
+
+    def execute_step(
+        self, node: Node, inputs: Sequence[Tensor], memory: Memory, position: Tensor, record: Record
+    ) -> Tensor:
+        return self._turn_tensor(node, inputs[0], position[:, None] % node.integer("period"), True)
+
+    @staticmethod
+    def _turn_tensor(node: Node, x: Tensor, row: Tensor, rounding: bool) -> Tensor:
+        import torch
+
         from triton_kernels.shift import shift
 
-        x, frac = inputs[0], node.integer("constant_frac")
-        row = torch.arange(x.shape[1], device=x.device) % node.integer("period")
-        half = x.shape[-1] // 2
+        frac, half = node.integer("constant_frac"), x.shape[-1] // 2
         v1, v2 = x[..., :half], x[..., half:]
         if node.attributes["form"] == "table":
             c, s = node.constants["cos"][row], node.constants["sin"][row]

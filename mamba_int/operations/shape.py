@@ -33,6 +33,7 @@ class Reduce(Operation):
     """The ``sum`` over time, or the ``last`` step."""
 
     name = "reduce"
+    causal = False
 
     def infer(self, node: Node, inputs: Sequence[TensorType], seq_len: int) -> TensorType:
         (x,), kind = inputs, node.attributes["kind"]

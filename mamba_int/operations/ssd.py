@@ -8,9 +8,10 @@ from math import ceil, sqrt
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mamba_int.graph import IntArray, Node, TensorType
-from mamba_int.operations.base import Operation, Record, check, rounding_shift, shift_peak, shifted
+from mamba_int.operations.base import Memory, Operation, Record, check, rounding_shift, shift_peak, shifted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -163,7 +164,7 @@ class Ssd(Operation):
 
     def evaluate(self, node: Node, inputs: Sequence[IntArray], record: Record) -> IntArray:
         x, B_hat, C_hat, n = inputs[:4]
-        k, fA, P = (node.integer(name) for name in ("decay_bits", "A_bits", "headdim"))
+        fA, P = node.integer("A_bits"), node.integer("headdim")
         batch, length, channels = x.shape
         heads = n.shape[-1]
         Q = min(node.integer("chunk_size"), length)
@@ -178,12 +179,9 @@ class Ssd(Operation):
         A = np.zeros((batch, chunks, heads, Q, Q + 1), np.int64)
         row = np.full((batch, chunks, heads, 1), 1 << fA, np.int64)
         for t in range(Q):
-            n_t = N[:, :, t, :, None]
-            row = np.concatenate([rounding_shift(row * n_t, k), ((1 << k) - n_t) << (fA - k)], -1)
+            row = np.concatenate(self._decay(node, row, N[:, :, t, :, None]), -1)
             A[..., t, : t + 2] = row
-        limit = node.integer("G_limit")
-        G = rounding_shift(np.einsum("bctn,bcsn->bcts", Ch, Bh), node.integer("G_shift"))
-        G = np.clip(G, -limit, limit) * np.tri(Q, dtype=np.int64)
+        G = self._G(node, np.einsum("bctn,bcsn->bcts", Ch, Bh)) * np.tri(Q, dtype=np.int64)
         M = rounding_shift(A[..., 1:] * G[:, :, None], node.integer("M_shift"))
         record("A", A)
         record("G", G)
@@ -197,27 +195,64 @@ class Ssd(Operation):
         return whole[:, :length]
 
     @staticmethod
-    def _carry(node: Node, A: IntArray, X: IntArray, Ch: IntArray, Bn: IntArray, record: Record) -> IntArray:
+    def _decay(node: Node, row: IntArray, n: IntArray) -> tuple[IntArray, IntArray]:
+        """The entries of A[t-1, .] decayed by n_t, and the one that enters, A[t, t]."""
+        k = node.integer("decay_bits")
+        return rounding_shift(row * n, k), ((1 << k) - n) << (node.integer("A_bits") - k)
+
+    @staticmethod
+    def _G(node: Node, products: IntArray) -> IntArray:
+        limit = node.integer("G_limit")
+        return np.clip(rounding_shift(products, node.integer("G_shift")), -limit, limit)
+
+    @staticmethod
+    def _u(node: Node, reads: IntArray) -> IntArray:
+        return rounding_shift(reads, node.integer("u_shift"))
+
+    @staticmethod
+    def _A_u(node: Node, across: IntArray) -> IntArray:
+        return rounding_shift(across, node.integer("A_bits") - node.integer("A_u_bits"))
+
+    @staticmethod
+    def _boundary(
+        node: Node, last: IntArray, X: IntArray, B_next: IntArray
+    ) -> tuple[IntArray, IntArray, IntArray, IntArray]:
+        """What a chunk hands on, from A[Q-1, .] [..., H, Q + 1], x [..., H, Q, P] and B' [..., Q, N].
+
+        Returns:
+            beta [..., H, Q, N], kappa and sigma [..., H, N/2], (sum_s x_s beta_s) << c [..., H, P, N].
+        """
+        beta = rounding_shift(last[..., 1:, None] * B_next[..., None, :, :], node.integer("beta_shift"))
+        inflow = np.einsum("...sp,...sn->...pn", X, beta) << node.integer("H_align")
+        kappa, sigma = (
+            rounding_shift(last[..., :1] * node.constants[name], node.integer("rotation_frac"))
+            for name in ("cos_Q", "sin_Q")
+        )
+        return beta, kappa, sigma, inflow
+
+    @staticmethod
+    def _next_H(node: Node, H: IntArray, kappa: IntArray, sigma: IntArray, inflow: IntArray) -> IntArray:
+        """H' [..., P, N]."""
+        half = kappa.shape[-1]
+        H1, H2, kap, sig = H[..., :half], H[..., half:], kappa[..., None, :], sigma[..., None, :]
+        turned = np.concatenate([kap * H1 - sig * H2, sig * H1 + kap * H2], -1)
+        return rounding_shift(turned + inflow, node.integer("A_bits"))
+
+    def _carry(
+        self, node: Node, A: IntArray, X: IntArray, Ch: IntArray, Bn: IntArray, record: Record
+    ) -> IntArray:
         """What earlier chunks contribute to y, [batch, chunks, Q, heads, P]."""
-        fA, fR = node.integer("A_bits"), node.integer("rotation_frac")
         batch, chunks, _, heads, P = X.shape
-        half = Bn.shape[-1] // 2
-        beta = rounding_shift(A[..., -1, 1:, None] * Bn[:, :, None], node.integer("beta_shift"))
-        inflow = np.einsum("bcshp,bchsn->bchpn", X, beta) << node.integer("H_align")
-        across = A[..., -1, :1]
-        kappa = rounding_shift(across * node.constants["cos_Q"], fR)[:, :, :, None]
-        sigma = rounding_shift(across * node.constants["sin_Q"], fR)[:, :, :, None]
-        H = np.zeros((batch, chunks, heads, P, 2 * half), np.int64)
+        beta, kappa, sigma, inflow = self._boundary(node, A[..., -1, :], X.swapaxes(2, 3), Bn)
+        H = np.zeros((batch, chunks, heads, P, Bn.shape[-1]), np.int64)
         for i in range(chunks - 1):
-            H1, H2, kap, sig = H[:, i, ..., :half], H[:, i, ..., half:], kappa[:, i], sigma[:, i]
-            turned = np.concatenate([kap * H1 - sig * H2, sig * H1 + kap * H2], -1)
-            H[:, i + 1] = rounding_shift(turned + inflow[:, i], fA)
-        u = rounding_shift(np.einsum("bchpn,bctn->bchpt", H, Ch), node.integer("u_shift"))
-        A_u = rounding_shift(A[..., 0], fA - node.integer("A_u_bits"))
+            H[:, i + 1] = self._next_H(node, H[:, i], kappa[:, i], sigma[:, i], inflow[:, i])
+        u = self._u(node, np.einsum("bchpn,bctn->bchpt", H, Ch))
+        A_u = self._A_u(node, A[..., 0])
         for name, value in (
             ("beta", beta),
-            ("kappa", kappa[:, :, :, 0]),
-            ("sigma", sigma[:, :, :, 0]),
+            ("kappa", kappa),
+            ("sigma", sigma),
             ("H", H[:, 1:]),
             ("u", u),
             ("A_u", A_u),
@@ -245,3 +280,118 @@ class Ssd(Operation):
         for name, value in internals.items():
             record(name, value)
         return y
+
+    # -- one step at a time -------------------------------------------------------------------------------
+    #
+    # The memory is H, the row A[t, .], and of the open chunk x_s, B^_s and B'_s. What the chunk has not
+    # reached yet is zero, so it adds nothing to the sums over s, and equal pasts have equal memories.
+
+    def initial_memory(self, node: Node, inputs: Sequence[TensorType]) -> dict[str, IntArray]:
+        state, heads = inputs[1].shape[-1], inputs[3].shape[-1]
+        Q, P = node.integer("chunk_size"), node.integer("headdim")
+        shapes = {"A": (heads, Q + 1), "x": (heads, Q, P), "B_hat": (Q, state)}
+        if len(inputs) == 5:
+            shapes |= {"B_next": (Q, state), "H": (heads, P, state)}
+        memory = {name: np.zeros(shape, np.int64) for name, shape in shapes.items()}
+        memory["A"][:, 0] = 1 << node.integer("A_bits")
+        return memory
+
+    def chunk(self, node: Node) -> int | None:
+        return node.integer("chunk_size") if len(node.inputs) == 5 else None
+
+    def longest(self, node: Node) -> int | None:
+        return None if len(node.inputs) == 5 else node.integer("chunk_size")
+
+    def evaluate_step(
+        self, node: Node, inputs: Sequence[IntArray], memory: Memory, position: IntArray, record: Record
+    ) -> IntArray:
+        x, B_hat, C_hat, n = (operand[:, 0] for operand in inputs[:4])
+        rows, t = np.arange(len(x)), position % node.integer("chunk_size")
+        X = x.reshape(len(x), n.shape[-1], node.integer("headdim"))
+        A, entering = self._decay(node, memory["A"], n[..., None])
+        A[rows, :, t + 1] = entering[..., 0]
+        memory["A"][:] = A
+        memory["x"][rows, :, t] = X
+        memory["B_hat"][rows, t] = B_hat
+        G = self._G(node, np.einsum("bn,bsn->bs", C_hat, memory["B_hat"]))
+        M = rounding_shift(A[..., 1:] * G[:, None], node.integer("M_shift"))
+        record("A", A)
+        record("G", G)
+        record("M", M)
+        y = np.einsum("bhs,bhsp->bhp", M, memory["x"]) << node.integer("M_align")
+        y = y + (X * node.constants["D"][:, None] << node.integer("D_align"))
+        if "H" in memory:
+            memory["B_next"][rows, t] = inputs[4][:, 0]
+            u = self._u(node, np.einsum("bhpn,bn->bhp", memory["H"], C_hat))
+            A_u = self._A_u(node, A[..., 0])
+            record("u", u)
+            record("A_u", A_u)
+            y = y + (A_u[..., None] * u << node.integer("u_align"))
+        result: IntArray = y.reshape(len(x), 1, -1)
+        return result
+
+    def evaluate_chunk_end(
+        self, node: Node, memory: Memory, ended: NDArray[np.bool_], record: Record
+    ) -> None:
+        beta, kappa, sigma, inflow = self._boundary(node, memory["A"], memory["x"], memory["B_next"])
+        H = self._next_H(node, memory["H"], kappa, sigma, inflow)
+        for name, value in (("beta", beta), ("kappa", kappa), ("sigma", sigma), ("H", H)):
+            record(name, value)
+        memory["H"][ended] = H[ended]
+        for name in ("A", "x", "B_hat", "B_next"):
+            memory[name][ended] = 0
+        memory["A"][ended, :, 0] = 1 << node.integer("A_bits")
+
+    def execute_step(
+        self, node: Node, inputs: Sequence[Tensor], memory: Memory, position: Tensor, record: Record
+    ) -> Tensor:
+        from triton_kernels.ssd import SsdScales
+        from triton_kernels.ssd_step import ssd_step
+
+        x, B_hat, C_hat, n = (operand[:, 0] for operand in inputs[:4])
+        y, internals = ssd_step(
+            x,
+            B_hat,
+            C_hat,
+            n,
+            node.constants["D"],
+            SsdScales.from_attributes(node.attributes),
+            memory,
+            position % node.integer("chunk_size"),
+            inputs[4][:, 0] if "H" in memory else None,
+        )
+        for name, value in internals.items():
+            record(name, value)
+        return y[:, None]
+
+    def execute_chunk_end(self, node: Node, memory: Memory, ended: Tensor, record: Record) -> None:
+        from triton_kernels.ssd import SsdScales
+        from triton_kernels.ssd_step import end_chunk
+
+        scales = SsdScales.from_attributes(node.attributes)
+        internals = end_chunk(memory, ended, scales, node.constants["cos_Q"], node.constants["sin_Q"])
+        for name, value in internals.items():
+            record(name, value)
+
+    def memorize(
+        self,
+        node: Node,
+        inputs: Sequence[Any],
+        internals: Mapping[str, Any],
+        source: Any,
+        length: int,
+        memory: Memory,
+        rows: Any,
+    ) -> None:
+        # The last chunk stays open, full or not: what follows a full one is for evaluate_chunk_end to say.
+        chunks, t = divmod(length - 1, node.integer("chunk_size"))
+        kept, used = slice(length - 1 - t, length), t + 1
+        heads, P = inputs[3].shape[-1], node.integer("headdim")
+        memory["A"][rows, :, : used + 1] = internals["A"][:, chunks, :, t, : used + 1][source]
+        X = inputs[0][:, kept][source].reshape(-1, used, heads, P)
+        memory["x"][rows, :, :used] = X.swapaxes(1, 2)
+        memory["B_hat"][rows, :used] = inputs[1][:, kept][source]
+        if "H" in memory:
+            memory["B_next"][rows, :used] = inputs[4][:, kept][source]
+            if chunks:
+                memory["H"][rows] = internals["H"][:, chunks - 1][source]

@@ -1,0 +1,191 @@
+"""``mambaint generate``: continue texts with a language model, as the tokens come."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from mamba_int.graph import Graph
+    from mamba_int.vocabulary import TextStream
+
+
+def _load(model: Path | None) -> tuple[Graph, Path]:
+    """The graph that is meant, made from its checkpoint if need be, and the file it came from."""
+    from mamba_int.errors import MambaintError
+    from mamba_int.graph import Graph
+    from quantize.latest import CHECKPOINT_FILE, MODEL_FILE, resolve_model
+
+    path = resolve_model(None) if model is None else model
+    if path.is_dir():
+        inside = [path / name for name in (MODEL_FILE, CHECKPOINT_FILE) if (path / name).is_file()]
+        if not inside:
+            raise MambaintError(
+                f"{path} holds neither {MODEL_FILE} nor {CHECKPOINT_FILE}",
+                "give the folder of a run, or a model",
+            )
+        path = inside[0]
+    if path.suffix == ".safetensors":
+        from quantize.native import quantize_native
+
+        return quantize_native(path), path
+    return Graph.load(path), path
+
+
+class _Printer:
+    """Shows the texts one after the other: the first that has not ended streams, later ones wait."""
+
+    def __init__(self, prompts: list[bytes], streams: list[TextStream]) -> None:
+        self.prompts, self.streams = prompts, streams
+        self.current, self.shown = 0, 0
+        self.ended = [False] * len(streams)
+        # What a model invents must not steer the terminal.
+        harmless = "\n\t"
+        controls = [code for code in (*range(32), *range(127, 160)) if chr(code) not in harmless]
+        self.safe = dict.fromkeys(controls, "\N{REPLACEMENT CHARACTER}") if sys.stdout.isatty() else {}
+        self._title()
+
+    def _title(self) -> None:
+        if len(self.streams) > 1:
+            click.echo(
+                f"[{self.current + 1}] {json.dumps(self.prompts[self.current][:60].decode(errors='replace'))}"
+            )
+
+    def show(self) -> None:
+        """Bring the terminal up to date."""
+        while True:
+            text = self.streams[self.current].text
+            click.echo(text[self.shown :].translate(self.safe), nl=False)
+            self.shown = len(text)
+            if not self.ended[self.current]:
+                return
+            click.echo()
+            if self.current + 1 == len(self.streams):
+                return
+            self.current, self.shown = self.current + 1, 0
+            self._title()
+
+
+@click.command("generate")
+@click.argument("model", metavar="[MODEL]", required=False, type=click.Path(path_type=Path))
+@click.option("--prompt", "texts", multiple=True, metavar="TEXT", help="A prompt; several are one batch.")
+@click.option(
+    "--prompt-file",
+    "files",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="A file that is a prompt; several are one batch.",
+)
+@click.option(
+    "--max-tokens", type=click.IntRange(min=1), default=200, show_default=True, help="Most new tokens."
+)
+@click.option("--temperature", type=float, default=1.0, show_default=True, help="Divides the logits.")
+@click.option("--top-k", type=click.IntRange(min=1), help="Only the K likeliest tokens.")
+@click.option("--top-p", type=float, help="Only the likeliest tokens that have this probability together.")
+@click.option("--greedy", is_flag=True, help="Always the likeliest token.")
+@click.option("--stop", "stops", multiple=True, metavar="TEXT", help="End before this text.")
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the random choices."
+)
+@click.option(
+    "--tokenizer",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Tokenizer JSON [default: tokenizer.json beside the model, else bytes].",
+)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, at the end.")
+def command(
+    model: Path | None,
+    texts: tuple[str, ...],
+    files: tuple[Path, ...],
+    max_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    greedy: bool,
+    stops: tuple[str, ...],
+    seed: int,
+    tokenizer: Path | None,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Continue prompts with a language model, token by token, in constant memory.
+
+    MODEL is a quantized model, a checkpoint, or the folder of either [default: quantized last]. Every token
+    comes from the same integers as the model's whole run. The same seed gives the same text on any device;
+    prompt number i has random numbers of its own, whatever the others are.
+
+    \b
+    Example:
+      mambaint generate runs/char --prompt "Call me" --temperature 0.8 --top-p 0.95
+    """
+    import torch
+
+    from mamba_int.decoder import Decoder
+    from mamba_int.errors import MambaintError
+    from mamba_int.files import read_bytes
+    from mamba_int.generation import generate
+    from mamba_int.sampling import Sampler, SamplingConfig
+    from mamba_int.training.trainer import resolve_device
+    from mamba_int.vocabulary import TextStream, find_vocabulary
+
+    torch.set_num_threads(1)
+    prompts = [text.encode() for text in texts] + [read_bytes(path) for path in files]
+    if not prompts:
+        raise MambaintError("there is nothing to continue", "give --prompt TEXT or --prompt-file FILE")
+    config = SamplingConfig(0.0 if greedy else temperature, top_k or 0, 1.0 if top_p is None else top_p, seed)
+    chosen = resolve_device(device)
+    graph, path = _load(model)
+    if graph.input.integer("features"):
+        raise MambaintError(f"{path} reads features, not tokens", "give a language model")
+    size = graph.input.integer("high") + 1
+    vocabulary = find_vocabulary(size, tokenizer, [path.parent, path.parent.parent])
+    streams = [TextStream(vocabulary, stops) for _ in prompts]
+    special = {token for stop in stops if (token := vocabulary.special_token(stop)) is not None}
+    encoded = [vocabulary.encode(prompt) for prompt in prompts]
+    decoder = Decoder(graph, len(prompts), chosen, cuda_graph=chosen.type == "cuda")
+    printer = None if as_json else _Printer(prompts, streams)
+
+    def on_token(row: int, token: int) -> bool:
+        streams[row].feed(token)
+        if printer is not None:
+            printer.ended[row] = streams[row].stopped
+            printer.show()
+        return streams[row].stopped
+
+    sampler = Sampler(graph, config, len(prompts), chosen)
+    result = generate(decoder, encoded, sampler, max_tokens, special, on_token)
+    for stream in streams:
+        stream.feed(None)
+    if printer is not None:
+        printer.ended = [True] * len(streams)
+        printer.show()
+        return
+    rows = zip(prompts, encoded, streams, result.tokens, result.stopped, strict=True)
+    report: dict[str, Any] = {
+        "model_id": graph.model_id,
+        "results": [
+            {
+                "prompt": prompt.decode(errors="replace"),
+                "prompt_tokens": len(ids),
+                "text": stream.text,
+                "tokens": tokens,
+                "finish": "stop" if stopped else "length",
+            }
+            for prompt, ids, stream, tokens, stopped in rows
+        ],
+        "tokens_per_second": round(result.tokens_per_second, 1),
+        "prefill_seconds": round(result.prefill_seconds, 4),
+        "decode_seconds": round(result.decode_seconds, 4),
+        "state_bytes": decoder.state.nbytes,
+        "state_bytes_per_sequence": decoder.state.nbytes // len(prompts),
+        "device": str(chosen),
+        "seed": seed,
+    }
+    click.echo(json.dumps(report, indent=2))

@@ -1,0 +1,185 @@
+"""Many sequences at once are each as if alone, end where they should, and become text without breaking it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mamba_int.decoder import Decoder
+from mamba_int.errors import MambaintError
+from mamba_int.generation import Generation, generate
+from mamba_int.graph import Graph
+from mamba_int.interpreter import evaluate
+from mamba_int.sampling import Sampler, SamplingConfig
+from mamba_int.vocabulary import Bytes, TextStream, TokenizerFile, find_vocabulary
+from tests.circuits_runtime.models import random_graph
+
+GREEDY = SamplingConfig(temperature=0)
+PROMPTS = [[1], [2, 3, 4, 5], [7, 7, 7, 7, 7, 1, 2, 3], [9, 0, 10], [4] * 17]
+
+
+def model() -> Graph:
+    return random_graph(3, task="language_model", vocab_size=11, seq_len=13, chunk_size=4)[0]
+
+
+def run(
+    graph: Graph, prompts: list[list[int]], config: SamplingConfig = GREEDY, limit: int = 12, **options: Any
+) -> Generation:
+    sampler = Sampler(graph, config, len(prompts))
+    return generate(Decoder(graph, len(prompts)), prompts, sampler, limit, **options)
+
+
+def test_padding_does_not_leak() -> None:
+    graph = model()
+    together = run(graph, PROMPTS).tokens
+    assert together == [run(graph, [prompt]).tokens[0] for prompt in PROMPTS]
+    assert together == run(graph, PROMPTS[::-1]).tokens[::-1]
+
+
+def test_greedy_is_the_argmax_of_the_whole_run() -> None:
+    import numpy as np
+
+    graph = model()
+    for prompt, tokens in zip(PROMPTS, run(graph, PROMPTS).tokens, strict=True):
+        text = prompt + tokens
+        logits = evaluate(graph, np.array([text[:-1]]))[0]
+        assert logits.argmax(-1)[len(prompt) - 1 :].tolist() == tokens
+
+
+def test_a_sampled_row_is_the_same_in_a_larger_batch() -> None:
+    graph, config = model(), SamplingConfig(seed=2)
+    assert run(graph, PROMPTS[:1], config).tokens == run(graph, PROMPTS, config).tokens[:1]
+    assert run(graph, PROMPTS, config).tokens != run(graph, PROMPTS, SamplingConfig(seed=1)).tokens
+
+
+def test_a_sequence_ends_before_its_stop_token_and_the_others_go_on() -> None:
+    graph, config = model(), SamplingConfig(seed=2)
+    free = run(graph, PROMPTS, config).tokens
+    stop = free[0][2]
+    stopped = run(graph, PROMPTS, config, stop_tokens={stop})
+    for found, whole, ended in zip(stopped.tokens, free, stopped.stopped, strict=True):
+        assert found == (whole[: whole.index(stop)] if stop in whole else whole)
+        assert ended == (stop in whole)
+
+
+def test_a_sequence_ends_when_its_reader_says_so_and_nothing_is_computed_after_the_last() -> None:
+    graph = model()
+    seen: list[tuple[int, int]] = []
+
+    def reader(row: int, token: int) -> bool:
+        seen.append((row, token))
+        return len([r for r, _ in seen if r == row]) == row + 1
+
+    decoder = Decoder(graph, 3)
+    result = generate(decoder, PROMPTS[:3], Sampler(graph, GREEDY, 3), 50, on_token=reader)
+    assert [len(tokens) for tokens in result.tokens] == [1, 2, 3] and all(result.stopped)
+    assert [token for row, token in seen if row == 2] == result.tokens[2]
+    assert decoder.inspect()["position"] == [len(prompt) + 2 for prompt in PROMPTS[:3]]
+
+
+def test_the_limit_is_a_limit() -> None:
+    result = run(model(), PROMPTS, limit=1)
+    assert [len(tokens) for tokens in result.tokens] == [1] * 5 and not any(result.stopped)
+    for limit in (0, -1):
+        with pytest.raises(MambaintError, match="max_tokens"):
+            run(model(), PROMPTS, limit=limit)
+    with pytest.raises(MambaintError, match="prompt 1 is empty"):
+        run(model(), [[1], []])
+
+
+# -- text -------------------------------------------------------------------------------------------------
+
+
+@given(st.text(max_size=20), st.text(min_size=1, max_size=3))
+def test_text_comes_whole_and_ends_before_the_stop_wherever_it_is_cut(text: str, stop: str) -> None:
+    stream = TextStream(Bytes(), [stop])
+    parts = [stream.feed(byte) for byte in text.encode()]
+    before_the_end = stream.text
+    parts.append(stream.feed(None))
+    place = text.find(stop)
+    assert "".join(parts) == stream.text == (text if place < 0 else text[:place])
+    assert stream.stopped == (place >= 0)
+    assert "\N{REPLACEMENT CHARACTER}" in text or "\N{REPLACEMENT CHARACTER}" not in before_the_end
+
+
+def test_an_incomplete_character_is_held_back_and_a_broken_one_is_marked() -> None:
+    stream = TextStream(Bytes())
+    assert [stream.feed(byte) for byte in "é€".encode()] == ["", "é", "", "", "€"]
+    assert stream.feed(0xE2) == "" and stream.feed(0x41) == "\N{REPLACEMENT CHARACTER}A"
+    assert stream.feed(0xE2) == "" and stream.feed(None) == "\N{REPLACEMENT CHARACTER}"
+
+
+def test_the_beginning_of_a_stop_is_held_back_until_it_is_none() -> None:
+    stream = TextStream(Bytes(), ["\n\n", "END"])
+    assert [stream.feed(byte) for byte in b"a\nbEN"] == ["a", "", "\nb", "", ""]
+    assert stream.feed(ord("!")) == "EN!"
+    assert stream.feed(ord("\n")) == "" and stream.feed(None) == "\n"
+
+
+def test_nothing_comes_after_a_stop() -> None:
+    stream = TextStream(Bytes(), ["ab"])
+    assert "".join(stream.feed(byte) for byte in b"xaby") == "x" and stream.feed(None) == ""
+
+
+def test_a_vocabulary_that_is_unknown_is_refused(tmp_path: Path) -> None:
+    assert isinstance(find_vocabulary(256, None, [tmp_path]), Bytes)
+    with pytest.raises(MambaintError, match="11 tokens, not bytes"):
+        find_vocabulary(11, None, [tmp_path])
+    with pytest.raises(MambaintError, match="cannot read"):
+        find_vocabulary(256, tmp_path / "none.json", [])
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> Path:
+    library = pytest.importorskip("tokenizers")
+    made = library.Tokenizer(library.models.BPE())
+    made.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = library.decoders.ByteLevel()
+    trainer = library.trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|end|>"],
+        initial_alphabet=library.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    made.train_from_iterator(["the whale, the white whale"] * 9, trainer)
+    made.save(str(tmp_path / "tokenizer.json"))
+    return tmp_path / "tokenizer.json"
+
+
+@pytest.mark.parametrize("text", ["the white whale", " the  whale\n", "naïve € 🐋 the", ""])
+def test_tokens_of_a_tokenizer_file_become_the_text_again(tokenizer: Path, text: str) -> None:
+    vocabulary = find_vocabulary(512, None, [tokenizer.parent / "quantized", tokenizer.parent])
+    assert isinstance(vocabulary, TokenizerFile)
+    tokens = vocabulary.encode(text.encode())
+    stream = TextStream(vocabulary)
+    shown = [stream.feed(token) for token in tokens]
+    assert "".join(shown) == text == stream.text and stream.feed(None) == ""
+    assert not any("\N{REPLACEMENT CHARACTER}" in part for part in shown)
+
+
+def test_special_and_unknown_tokens_of_a_tokenizer_file(tokenizer: Path) -> None:
+    vocabulary = find_vocabulary(512, tokenizer, [])
+    end = vocabulary.special_token("<|end|>")
+    assert end is not None and vocabulary.special_token("the") is None
+    stream = TextStream(vocabulary)
+    first, *_ = vocabulary.encode(b"the")
+    # A special token, and one that only the model has, are no text.
+    assert [stream.feed(token) for token in (end, 511, first, None)][:2] == ["", ""]
+    broken = TextStream(vocabulary)
+    half = vocabulary.encode("🐋".encode())[:-1]
+    assert "".join(broken.feed(token) for token in half) == ""
+    assert broken.feed(None) == "\N{REPLACEMENT CHARACTER}"
+
+
+def test_tokenizer_files_that_do_not_fit_are_refused(tokenizer: Path, tmp_path: Path) -> None:
+    with pytest.raises(MambaintError, match="the model 256"):
+        TokenizerFile(tokenizer, 256)
+    (tmp_path / "wrong.json").write_text("{}")
+    with pytest.raises(MambaintError, match="not a tokenizer"):
+        TokenizerFile(tmp_path / "wrong.json", 512)
+    with pytest.raises(MambaintError, match="not UTF-8"):
+        TokenizerFile(tokenizer, 512).encode(b"\xff")

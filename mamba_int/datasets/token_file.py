@@ -108,13 +108,13 @@ class _Corpus:
                 ) from error
 
     def pieces(self, start: int, stop: int) -> Iterator[bytes]:
-        """The same bytes cut where a line, else a word, else a character ends: BPE merges none of them."""
+        """The same bytes cut where a line, else a word, else a character ends, as BPE wants."""
         rest = b""
         for block in self.blocks(start, stop):
             rest += block
             if len(rest) < _PIECE:
                 continue
-            cut = rest.rfind(b"\n") + 1 or rest.rfind(b" ") or _character_start(rest, len(rest) - 1)
+            cut = rest.rfind(b"\n") + 1 or max(rest.rfind(b" "), 0) or _character_start(rest, len(rest) - 1)
             yield rest[:cut]
             rest = rest[cut:]
         if rest:

@@ -74,6 +74,8 @@ class Tokenizer:
             raise MambaintError(f"the tokenizer is not a byte-level BPE ({error!r})", remedy) from error
         if sorted(by_id) != list(range(len(by_id))) or not all(by_id.values()):
             raise MambaintError("the tokens of the tokenizer are not numbered 0, 1, 2, ...", remedy)
+        if not {bytes([byte]) for byte in range(256)} <= set(by_id.values()):
+            raise MambaintError("the tokenizer has no token for some bytes", remedy)
         if len(by_id) > LARGEST_VOCABULARY:
             raise MambaintError(
                 f"the tokenizer has {len(by_id)} tokens, more than {LARGEST_VOCABULARY}", remedy

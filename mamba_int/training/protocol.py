@@ -17,8 +17,8 @@ class TrainableModel(Protocol):
     scales, until ``freeze_scales``: buffers, of which those of floats are linear in the mean over the batch
     and not read after their update, so that the trainer may average them over the parts of a batch.
     ``state_dict`` holds everything, the estimates included. ``parameter_roles`` has every parameter
-    once, under ``matrices``, ``embeddings``, ``decays`` or
-    ``small``. With ``gradient_checkpointing`` set, the layers are computed anew in the backward pass.
+    once, under ``matrices``, ``embeddings``, ``decays`` or ``small``. With ``gradient_checkpointing`` set,
+    the layers are computed anew in the backward pass.
     """
 
     gradient_checkpointing: bool

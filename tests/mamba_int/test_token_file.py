@@ -152,6 +152,7 @@ def test_what_is_not_utf8_or_too_short_is_refused_and_nothing_is_left(tmp_path: 
     for missing in (tmp_path / "missing", tmp_path):
         with pytest.raises(MambaintError, match=r"cannot read|bytes, fewer"):
             write_token_file([missing], tmp_path / "x.tokens", "bytes")
+    path.write_bytes(TEXT)
     with pytest.raises(MambaintError, match="vocabulary of 255"):
         write_token_file([path], tmp_path / "x.tokens", "bpe", 255)
     assert [entry.name for entry in tmp_path.iterdir()] == ["t"]
@@ -191,7 +192,7 @@ def without(definition: dict[str, Any], token: str) -> dict[str, Any]:
         (lambda d: d | {"model": d["model"] | {"type": "WordPiece"}}, "is a WordPiece"),
         (lambda d: without(d, "e"), "not numbered"),
         (lambda d: d | {"model": d["model"] | {"vocab": {"日": 0}}}, "not a byte-level BPE"),
-        (lambda d: d | {"model": {"type": "BPE", "vocab": []}}, "not numbered"),
+        (lambda d: d | {"model": {"type": "BPE", "vocab": []}}, "no token for some bytes"),
         (lambda d: d | {"added_tokens": [1]}, "not a byte-level BPE"),
     ],
 )

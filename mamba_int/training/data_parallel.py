@@ -166,7 +166,8 @@ def joined(device: str) -> Iterator[tuple[Ranks, torch.device]]:
     Raises:
         MambaintError: if the device does not exist, or the others cannot be reached.
     """
-    count = int(os.environ.get("WORLD_SIZE", "1")) if torch.distributed.is_torchelastic_launched() else 1
+    launched = torch.distributed.is_available() and torch.distributed.is_torchelastic_launched()
+    count = int(os.environ["WORLD_SIZE"]) if launched else 1
     chosen = resolve_device(device)
     if count == 1:
         yield ALONE, chosen

@@ -216,6 +216,9 @@ class _Window:
                 else {"bits_per_byte": self.bits_per_byte(loss)}
             )
             row["tokens_per_second"] = round(self.speed, 1)
+            for fault in ("skipped_batches", "restored"):
+                if getattr(run.progress, fault):
+                    row[fault] = getattr(run.progress, fault)
             if validated and run.validation is not None:
                 row[f"validation_{run.metric_name}"] = run.validation.metric
                 row["validation_loss"] = run.validation.loss

@@ -201,6 +201,8 @@ def test_weights_that_are_no_longer_finite_are_replaced_by_the_last_good_ones(tm
     config = dataclasses.replace(RECIPE, average_from=0.5, validate_every=5)
     result = fit(tmp_path, config, build_model=Explodes)
     assert load_checkpoint(result.last_checkpoint).results["step"] == config.steps
+    row = read_metrics(tmp_path / METRICS_FILE)[-1]
+    assert row["restored"] == 1
     for name, tensor in tensors_of(tmp_path / STATE_FILE).items():
         assert tensor.isfinite().all(), name
     assert tensors_of(tmp_path / LAST_FILE)["model.weight"].isfinite().all()

@@ -231,7 +231,8 @@ class MambaInt(nn.Module):
 
     @torch.no_grad()
     def _update_fracs(self) -> None:
-        values = self.statistics.tolist()
+        # Estimates of a batch or of weights that are not finite: the trainer sees the loss and undoes them.
+        values = self.statistics.nan_to_num(1.0, 1.0, 1.0).tolist()
         split = len(self.weight_scales)
         fracs = [-round(math.log2(max(v, 1e-9))) for v in values[:split]]
         for i, name in enumerate(self.weight_scales):

@@ -227,9 +227,34 @@ def test_what_is_restored_is_the_state_of_the_last_multiple_of_checkpoint_every(
     for values, moment in zip(run.optimizer.state.values(), moments, strict=True):
         assert torch.equal(values["exp_avg"], moment)
     assert math.isfinite(run.update(7, False).loss)
-    # The next step must not have written into what is kept.
-    run.restore_if_not_finite()
+    # The step after it must not have written into what is kept.
+    for index, moment in enumerate(moments):
+        assert torch.equal(run.good.tensors[f"optimizer.{index}.exp_avg"], moment)
     assert all(torch.equal(run.good.model_state()[name], kept[name]) for name in kept)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_real_model_with_any_weight_not_finite_is_restored(
+    tmp_path: Path, value: float, frozen: bool
+) -> None:
+    """A scale that is no number once ended the forward pass before there was a loss to look at."""
+    run = run_of(tmp_path, dataclasses.replace(RECIPE, non_finite_limit=100))
+    model: Any = run.model
+    if frozen:
+        model.freeze_scales()
+        run.save()
+    good = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for name, parameter in model.named_parameters():
+        with torch.no_grad():
+            parameter.view(-1)[-1] = value
+        run.update(30, False)
+        run.restore_if_not_finite()
+        assert run.progress.restored >= 1, name
+        assert all(tensor.isfinite().all() for tensor in model.state_dict().values()), name
+        assert torch.equal(model.state_dict()["frozen"], good["frozen"])
+        run.progress.restored = 0
+    assert math.isfinite(run.update(31, False).loss)
 
 
 def test_lasting_explosions_stop_with_one_line_and_a_finite_state(tmp_path: Path) -> None:

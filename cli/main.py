@@ -14,6 +14,7 @@ import click
 from mamba_int.errors import MambaintError
 
 COMMANDS = {
+    "tokenize": "cli.tokenize",
     "train": "cli.train",
     "quantize": "cli.quantize",
     "inspect": "cli.inspect",

@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from mamba_int.training import Progress, TrainingResult
+    from mamba_int.training import Progress, TrainingConfig, TrainingResult
 
 RUNS = Path("runs")
 TWIN_FOLDER = "float-twin"
 
 
 @contextmanager
-def _progress_bar(label: str, to_stderr: bool) -> Iterator[Callable[[Progress], None] | None]:
+def _progress_bar(label: str, to_stderr: bool, silent: bool) -> Iterator[Callable[[Progress], None] | None]:
     """A live bar where there is a terminal to draw it on; otherwise nothing."""
-    if not (sys.stderr if to_stderr else sys.stdout).isatty():
+    if silent or not (sys.stderr if to_stderr else sys.stdout).isatty():
         yield None
         return
     from rich.console import Console
@@ -102,7 +102,7 @@ def _show(report: dict[str, Any], name: str) -> None:
     "data_path",
     type=click.Path(path_type=Path),
     metavar="PATH",
-    help="Your own data: .csv, .npz, .ts (UEA/UCR), or any other file as text.",
+    help="Your own data: .csv, .npz, .ts (UEA/UCR), .tokens (see mambaint tokenize), or any other as text.",
 )
 @click.option(
     "--out", type=click.Path(path_type=Path), metavar="DIR", help="Run folder [default: runs/<preset>]."
@@ -111,6 +111,7 @@ def _show(report: dict[str, Any], name: str) -> None:
 @click.option("--steps", type=click.IntRange(min=1), help="Training steps, instead of the preset's length.")
 @click.option("--twin/--no-twin", default=False, help="Also train the float twin, for comparison.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@click.option("--tensorboard", is_flag=True, help="Also log for TensorBoard, into the run folder.")
 @click.option("--restart", is_flag=True, help="Discard what an earlier run left in the folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(
@@ -122,51 +123,65 @@ def command(
     steps: int | None,
     twin: bool,
     device: str,
+    tensorboard: bool,
     restart: bool,
     as_json: bool,
-) -> None:
+) -> int:
     """Train an integer Mamba model.
 
     Without options: the digits preset, half a minute. Interrupt with Ctrl-C at any time; the same
     command resumes, with the same result as if it had not been interrupted.
+
+    Several GPUs: torchrun --nproc-per-node N -m cli.main train ...
     """
     from mamba_int.datasets import load_data
+    from mamba_int.errors import MambaintError
     from mamba_int.experiment import resolve
     from mamba_int.files import write_json
-    from mamba_int.training import train
+    from mamba_int.training import joined, train
     from quantize.latest import LATEST
 
-    experiment = resolve(preset, config_path, data_path, seed, steps)
-    data = load_data(experiment.source)
-    folder = out if out is not None else RUNS / experiment.name
-    with _progress_bar(experiment.name, as_json) as progress:
-        result = train(
-            experiment.model_config(data),
-            experiment.training,
-            data,
-            experiment.source,
-            folder,
-            restart=restart,
-            device=device,
-            progress=progress,
-        )
-    if out is None:
-        write_json(LATEST, {"checkpoint": str(result.checkpoint)})
-    twin_result = None
-    if twin:
-        with _progress_bar(f"{experiment.name}, float twin", as_json) as progress:
-            twin_result = train(
-                experiment.model_config(data, "float"),
-                experiment.training.twin(),
-                data,
-                experiment.source,
-                folder / TWIN_FOLDER,
-                restart=restart,
-                device=device,
-                progress=progress,
-            )
+    first = True
+    try:
+        with joined(device) as (ranks, chosen):
+            first = ranks.first
+            with ranks.agreed():
+                experiment = resolve(preset, config_path, data_path, seed, steps)
+                data = load_data(experiment.source)
+            folder = out if out is not None else RUNS / experiment.name
+
+            def train_as(arithmetic: str, recipe: TrainingConfig, into: Path, label: str) -> TrainingResult:
+                with _progress_bar(label, as_json, not first) as progress:
+                    return train(
+                        experiment.model_config(data, arithmetic),
+                        recipe,
+                        data,
+                        experiment.source,
+                        into,
+                        restart=restart,
+                        device=chosen,
+                        ranks=ranks,
+                        tensorboard=tensorboard,
+                        progress=progress,
+                    )
+
+            result = train_as("integer", experiment.training, folder, experiment.name)
+            if out is None and first:
+                write_json(LATEST, {"checkpoint": str(result.checkpoint)})
+            twin_result = None
+            if twin:
+                label = f"{experiment.name}, float twin"
+                twin_result = train_as("float", experiment.training.twin(), folder / TWIN_FOLDER, label)
+    except MambaintError:
+        # Process 0 tells of it for all; see Ranks.agreed.
+        if first:
+            raise
+        return 2
+    if not first:
+        return 0
     report = _report(result, twin_result)
     if as_json:
         click.echo(json.dumps(report, indent=2))
     else:
         _show(report, result.metric_name)
+    return 0

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mamba_int.config import MambaIntConfig
-from mamba_int.datasets import ClassificationData, DataSource, TextData, source_from_path
+from mamba_int.datasets import TEXT_KINDS, ClassificationData, DataSource, TextData, source_from_path
 from mamba_int.errors import MambaintError
 from mamba_int.files import read_bytes
 from mamba_int.training.config import TrainingConfig
@@ -145,7 +145,7 @@ def resolve(
     data = _data_table(config_path, tables, data_path)
     own_data = bool(data.keys() & {"kind", "path"})
     if preset is None:
-        preset = "char" if data.get("kind") in ("text", "moby-dick") else "digits"
+        preset = "char" if data.get("kind") in TEXT_KINDS else "digits"
     base = read_preset(preset)
     model = {**base.get("model", {}), **tables.get("model", {})}
     overrides = dict(tables.get("training", {}))

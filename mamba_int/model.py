@@ -8,7 +8,6 @@ computes the integer model bit for bit, and ``quantize`` loses nothing.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +56,7 @@ class MambaInt(nn.Module):
     statistics: Tensor
     fracs: Tensor
     frozen: Tensor
+    gradient_checkpointing: bool = False
 
     def __init__(self, config: MambaIntConfig, seed: int = 0) -> None:
         super().__init__()
@@ -137,11 +137,13 @@ class MambaInt(nn.Module):
             known = self._read[name] = buffer, buffer._version, buffer.tolist()
         return known[2]
 
-    def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
-        """AdamW groups: matrices, and the small rest, at the same rate (a lower one for the rest costs)."""
-        matrices = [p for p in self.parameters() if p.dim() >= 2]
-        small = [p for p in self.parameters() if p.dim() < 2]
-        return [{"params": matrices, "lr": learning_rate}, {"params": small, "lr": learning_rate}]
+    def parameter_roles(self) -> dict[str, list[nn.Parameter]]:
+        """Every parameter once: ``matrices`` (projections), ``embeddings``, ``decays``, ``small`` ones."""
+        roles: dict[str, list[nn.Parameter]] = {"matrices": [], "embeddings": [], "decays": [], "small": []}
+        owners = {"weight": "matrices", "table": "embeddings", "decay_bias": "decays"}
+        for name, parameter in self.latent.items():
+            roles[owners.get(name.rsplit("/", 1)[-1], "small")].append(parameter)
+        return roles
 
     def _weight_form(self, owner: str) -> str:
         """``ternary`` or ``int8``: the form of the matrix of node ``owner``."""
@@ -239,7 +241,8 @@ class MambaInt(nn.Module):
 
     @torch.no_grad()
     def _update_fracs(self) -> None:
-        values = self.statistics.tolist()
+        # Estimates of a batch or of weights that are not finite: the trainer sees the loss and undoes them.
+        values = self.statistics.nan_to_num(1.0, 1.0, 1.0).tolist()
         split = len(self.weight_scales)
         fracs = [-round(math.log2(max(v, 1e-9))) for v in values[:split]]
         for i, name in enumerate(self.weight_scales):

@@ -84,7 +84,7 @@ def sample_inputs(graph: Graph, data: ClassificationData | TextData, classes: in
         int64 [n, T, ...]; the whole split if it is no longer than asked for.
     """
     if graph.card["task"] == "classification":
-        inputs: IntArray = _split(data, "test_inputs")
+        inputs: NDArray[Any] = _split(data, "test_inputs")
         limit = classes
     else:
         text = _split(data, "test")
@@ -95,13 +95,13 @@ def sample_inputs(graph: Graph, data: ClassificationData | TextData, classes: in
             )
         inputs, limit = text[: count * graph.seq_len].reshape(count, graph.seq_len), texts
     rows = np.arange(min(len(inputs), limit)) * len(inputs) // min(len(inputs), limit)
-    return check_input(graph, inputs[rows])
+    return check_input(graph, inputs[rows].astype(np.int64))
 
 
-def _split(data: Any, name: str) -> IntArray:
+def _split(data: Any, name: str) -> NDArray[Any]:
     if not hasattr(data, name):
         raise MambaintError("the data is of another kind than the model's", "give the data of its training")
-    values: IntArray = getattr(data, name).numpy().astype(np.int64)
+    values: NDArray[Any] = getattr(data, name).numpy()
     return values
 
 
@@ -134,23 +134,24 @@ def _measure_classes(graph: Graph, data: Any) -> Measurement:
 
 
 def _measure_text(graph: Graph, data: Any, window: int) -> Measurement:
-    text = _split(data, "test")
-    window = min(window, len(text) - 1)
+    length = len(_split(data, "test"))
+    window = min(window, length - 1)
     if window < 1:
-        raise MambaintError(f"the test split has {len(text)} tokens", "give a longer text")
-    starts = np.arange((len(text) - 1) // window) * window
+        raise MambaintError(f"the test split has {length} tokens", "give a longer text")
+    starts = np.arange((length - 1) // window) * window
     kept = max(1, LARGEST_TEXT // window)
     if len(starts) > kept:
         starts = starts[np.arange(kept) * len(starts) // kept]
     observed: dict[str, Observed] = {}
     scale = 2.0 ** -graph.by_name[graph.output].frac
-    loss, size = 0.0, max(1, TOKENS // window)
+    loss, predicted, size = 0.0, 0, max(1, TOKENS // window)
     for first in range(0, len(starts), size):
-        windows = text[starts[first : first + size, None] + np.arange(window + 1)]
+        windows = data.windows("test", starts[first : first + size], window + 1).numpy()
         logits = _observe(graph, check_input(graph, windows[:, :-1]), observed)
         loss += _cross_entropy(logits * scale, windows[:, 1:])
+        predicted += int(data.tokenizer.lengths[windows[:, 1:]].sum())
     tokens = len(starts) * window
-    return Measurement("bits_per_byte", loss / tokens / math.log(2), tokens, [], observed)
+    return Measurement("bits_per_byte", loss / predicted / math.log(2), tokens, [], observed)
 
 
 def _cross_entropy(logits: NDArray[np.floating[Any]], targets: IntArray) -> float:

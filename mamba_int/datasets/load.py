@@ -14,12 +14,15 @@ from mamba_int.datasets.embedded import load_digits, load_moby_dick
 from mamba_int.datasets.npz_file import load_npz
 from mamba_int.datasets.records import ClassificationData, TextData
 from mamba_int.datasets.text_file import load_text
+from mamba_int.datasets.token_file import load_token_file
 from mamba_int.datasets.ts_file import load_ts
 from mamba_int.errors import MambaintError
 
-Kind = Literal["digits", "moby-dick", "csv", "npz", "ts", "text"]
+Kind = Literal["digits", "moby-dick", "csv", "npz", "ts", "text", "tokens"]
 _EMBEDDED = ("digits", "moby-dick")
-_KIND_OF_SUFFIX: dict[str, Kind] = {".csv": "csv", ".npz": "npz", ".ts": "ts"}
+TEXT_KINDS = ("moby-dick", "text", "tokens")
+"""Kinds that load as :class:`TextData`."""
+_KIND_OF_SUFFIX: dict[str, Kind] = {".csv": "csv", ".npz": "npz", ".ts": "ts", ".tokens": "tokens"}
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class DataSource:
     @property
     def is_text(self) -> bool:
         """Whether this loads a :class:`TextData`."""
-        return self.kind in ("moby-dick", "text")
+        return self.kind in TEXT_KINDS
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON-able values."""
@@ -72,7 +75,7 @@ class DataSource:
 
 
 def kind_of_path(path: str | Path) -> Kind:
-    """The format a file name announces: .csv, .npz, .ts; anything else is text."""
+    """The format a file name announces: .csv, .npz, .ts, .tokens; anything else is text."""
     return _KIND_OF_SUFFIX.get(Path(path).suffix.lower(), "text")
 
 
@@ -97,5 +100,6 @@ def load_data(source: DataSource) -> ClassificationData | TextData:
         "npz": lambda: load_npz(path, source.split_seed),
         "ts": lambda: load_ts(path, source.seq_len, source.split_seed),
         "text": lambda: load_text(path),
+        "tokens": lambda: load_token_file(path),
     }
     return loaders[source.kind]()

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from mamba_int.datasets.tokenizer import Tokenizer
 from mamba_int.errors import MambaintError
 
 FEATURE_LIMIT = 127
@@ -70,25 +72,56 @@ class ClassificationData:
         )
 
 
+SPLITS = ("train", "validation", "test")
+
+
 @dataclass(frozen=True, eq=False)
 class TextData:
-    """Text as bytes, split in three contiguous parts.
+    """Text as tokens, split in three contiguous parts.
 
     Attributes:
-        train, validation, test: uint8 [n].
-        vocab_size: 256.
+        train, validation, test: uint8, uint16 or uint32 [n], in memory or mapped from a token file.
         name: what to call the data set.
+        tokenizer: what the tokens mean.
+        sizes: bytes of text in every split.
+        digest: SHA-256 that a token file states for itself; empty for text in memory.
     """
 
     train: Tensor
     validation: Tensor
     test: Tensor
     name: str
-    vocab_size: int = 256
+    tokenizer: Tokenizer
+    sizes: Mapping[str, int]
+    digest: str
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of different tokens."""
+        return self.tokenizer.vocab_size
+
+    def windows(self, split: str, starts: npt.NDArray[np.int64], length: int) -> Tensor:
+        """Tokens int64 [n, length] of a split, from each of the places ``starts`` [n] on.
+
+        Raises:
+            MambaintError: if a token is not in the vocabulary: the file is damaged.
+        """
+        tokens: npt.NDArray[np.unsignedinteger[Any]] = getattr(self, split).numpy()
+        found = tokens[starts[:, None] + np.arange(length)].astype(np.int64)
+        if found.size and int(found.max()) >= self.vocab_size:
+            raise MambaintError(
+                f"the data {self.name} holds the token {int(found.max())}, its vocabulary has "
+                f"{self.vocab_size}",
+                "make the file again with 'mambaint tokenize'",
+            )
+        return torch.from_numpy(found)
 
     def fingerprint(self) -> str:
-        """SHA-256 of every split: tells whether a file has changed since a checkpoint was made."""
-        return _sha256(self.train, self.validation, self.test)
+        """SHA-256 of every split: tells whether a file has changed since a checkpoint was made.
+
+        A token file states its own digest, and may be too large to read for nothing else.
+        """
+        return self.digest or _sha256(self.train, self.validation, self.test)
 
 
 def _sha256(*tensors: Tensor) -> str:

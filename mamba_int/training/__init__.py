@@ -2,6 +2,7 @@
 
 from mamba_int.training.checkpoint import Checkpoint, DataDescription, load_checkpoint, save_checkpoint
 from mamba_int.training.config import TrainingConfig
+from mamba_int.training.data_parallel import Ranks, joined
 from mamba_int.training.evaluation import evaluate
 from mamba_int.training.protocol import TrainableModel
 from mamba_int.training.trainer import Progress, TrainingResult, train
@@ -10,10 +11,12 @@ __all__ = [
     "Checkpoint",
     "DataDescription",
     "Progress",
+    "Ranks",
     "TrainableModel",
     "TrainingConfig",
     "TrainingResult",
     "evaluate",
+    "joined",
     "load_checkpoint",
     "save_checkpoint",
     "train",

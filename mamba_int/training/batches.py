@@ -27,13 +27,17 @@ class Batches(Protocol):
 
     Attributes:
         steps_per_epoch: batches until every sample (or as many tokens as there are) was seen.
+        sequences_per_batch: sequences of a batch.
         tokens_per_batch: steps of all sequences of a batch.
         predictions_per_batch: targets of a batch.
+        bytes_per_token: of text: bytes that a token of the training split stands for in the mean.
     """
 
     steps_per_epoch: int
+    sequences_per_batch: int
     tokens_per_batch: int
     predictions_per_batch: int
+    bytes_per_token: float
 
     def at(self, step: int) -> tuple[Tensor, Tensor]:
         """The inputs and targets of a step."""
@@ -67,6 +71,8 @@ class ClassificationBatches:
         self.steps_per_epoch = len(self._labels) // self._batch
         self.tokens_per_batch = self._batch * data.seq_len
         self.predictions_per_batch = self._batch
+        self.sequences_per_batch = self._batch
+        self.bytes_per_token = 1.0
         self._order = lru_cache(maxsize=1)(self._permutation)
 
     def _permutation(self, epoch: int) -> Tensor:
@@ -96,23 +102,26 @@ class TextBatches:
         self._places = len(data.train) - config.sequence_length
         if self._places < 1:
             raise MambaintError(
-                f"the training text of {data.name} has {len(data.train)} bytes, too few for a window of "
+                f"the training text of {data.name} has {len(data.train)} tokens, too few for a window of "
                 f"{config.sequence_length}",
                 "give a longer text or a smaller sequence_length",
             )
-        self._text = data.train.to(device)
-        self._window = torch.arange(config.sequence_length + 1, device=device)
+        self._data = data
+        self._device = device
         self._seed = config.seed
-        self._batch = config.batch_size
-        self.tokens_per_batch = self._batch * config.sequence_length
+        self._length = config.sequence_length
+        self.sequences_per_batch = config.batch_size
+        self.tokens_per_batch = config.batch_size * config.sequence_length
         self.predictions_per_batch = self.tokens_per_batch
         self.steps_per_epoch = max(1, len(data.train) // self.tokens_per_batch)
+        self.bytes_per_token = data.sizes["train"] / len(data.train)
 
     def at(self, step: int) -> tuple[Tensor, Tensor]:
         """int64 [batch, T] tokens and int64 [batch, T] next tokens."""
         generator = _generator(self._seed, 0, step)
-        starts = torch.randint(0, self._places, (self._batch, 1), generator=generator)
-        windows = self._text[starts.to(self._text.device) + self._window].long()
+        starts = torch.randint(0, self._places, (self.sequences_per_batch,), generator=generator)
+        # The text stays where it is, perhaps on disk: a batch is small enough to be sent.
+        windows = self._data.windows("train", starts.numpy(), self._length + 1).to(self._device)
         return windows[:, :-1], windows[:, 1:]
 
     def calibration(self) -> Tensor:
@@ -123,7 +132,7 @@ class TextBatches:
 def make_batches(
     data: ClassificationData | TextData, config: TrainingConfig, device: torch.device
 ) -> Batches:
-    """The batches of a data set, kept on ``device``."""
+    """The batches of a data set, on ``device``."""
     if isinstance(data, TextData):
         return TextBatches(data, config, device)
     return ClassificationBatches(data, config, device)

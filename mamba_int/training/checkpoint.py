@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from mamba_int.config import MambaIntConfig
-from mamba_int.datasets import ClassificationData, DataSource, TextData
+from mamba_int.datasets import ClassificationData, DataSource, TextData, Tokenizer
 from mamba_int.errors import MambaintError
 from mamba_int.training.config import TrainingConfig
 from mamba_int.training.container import read_container, require_keys, write_container
 
 FORMAT = "mambaint-checkpoint"
-VERSION = 1
+VERSION = 2
 _REMEDY = "give a checkpoint written by 'mambaint train'"
 _ENTRIES: dict[str, type] = {
     "format": str,
@@ -37,6 +37,7 @@ _DATA_ENTRIES: dict[str, type] = {
     "feature_scale": list,
     "input_low": int,
     "input_high": int,
+    "tokenizer": dict,
 }
 _RESULTS = (
     "test_accuracy",
@@ -58,7 +59,8 @@ class DataDescription:
         fingerprint: SHA-256 of the splits as they were.
         class_names: label texts in the order of the logits; empty for text.
         feature_offset, feature_scale: for ``quantize_features``; empty for text.
-        input_low, input_high: domain of the input integers (0..255 for text).
+        input_low, input_high: domain of the input integers (token ids of text).
+        tokenizer: of text; None for classification.
     """
 
     name: str
@@ -69,12 +71,14 @@ class DataDescription:
     feature_scale: tuple[float, ...]
     input_low: int
     input_high: int
+    tokenizer: Tokenizer | None = None
 
     @classmethod
     def of(cls, data: ClassificationData | TextData, source: DataSource) -> Self:
         """Describe a loaded data set."""
         if isinstance(data, TextData):
-            return cls(data.name, source, data.fingerprint(), (), (), (), 0, data.vocab_size - 1)
+            top = data.vocab_size - 1
+            return cls(data.name, source, data.fingerprint(), (), (), (), 0, top, data.tokenizer)
         return cls(
             data.name,
             source,
@@ -84,6 +88,7 @@ class DataDescription:
             data.feature_scale,
             data.input_low,
             data.input_high,
+            None,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -97,6 +102,7 @@ class DataDescription:
             "feature_scale": list(self.feature_scale),
             "input_low": self.input_low,
             "input_high": self.input_high,
+            "tokenizer": self.tokenizer.to_dict() if self.tokenizer else {},
         }
 
     @classmethod
@@ -116,6 +122,7 @@ class DataDescription:
             tuple(map(float, scale)),
             values["input_low"],
             values["input_high"],
+            Tokenizer.from_dict(values["tokenizer"], "the checkpoint") if values["tokenizer"] else None,
         )
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal, Self
 
 from mamba_int.config import dataclass_from_dict
 from mamba_int.errors import MambaintError
+from mamba_int.training.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -18,13 +19,25 @@ class TrainingConfig:
     Attributes:
         steps: length of training; 0 to count in epochs.
         epochs: length of training where ``steps`` is 0.
-        batch_size: sequences per step (fewer if the data has fewer).
+        batch_size: sequences per step (fewer if the data has fewer), over all processes.
+        micro_batches: parts a process cuts its share of a batch into, one after the other in memory; the
+            gradients add up, so the step is the same up to the rounding of floats.
+        gradient_checkpointing: compute the inside of every layer anew in the backward pass instead of
+            keeping it: less memory, about a third more time, the same numbers.
         sequence_length: language model: tokens per sequence.
         learning_rate: peak rate; ternary weights want about twice that of a float model.
         twin_learning_rate: peak rate of the float twin; 0 for half of ``learning_rate``.
         warmup_steps: steps of linear warm-up.
-        schedule: how the rate falls to 0 after the warm-up.
-        weight_decay, beta1, beta2, gradient_clip: of AdamW.
+        schedule: how the rate moves apart from the warm-up; see
+            :func:`~mamba_int.training.schedule.learning_rate_factor`.
+        final_rate: what the rate tends to at the end, as a share of its peak.
+        decay_rate_factor: learning rate of the heads' decays, as a multiple of ``learning_rate``.
+        weight_decay, beta1, beta2: of AdamW.
+        weight_decay_on: ``all`` parameters, or ``matrices``: projections alone, not embeddings, taps, biases,
+            angles or decays.
+        gradient_clip: largest norm of the gradient of a step.
+        non_finite_limit: a batch whose loss or gradient is not finite is left out, and what it did undone;
+            the run gives up at this many.
         freeze_at: fraction of training after which the activation scales are frozen.
         label_smoothing: of the cross entropy.
         shift_augmentation: classification: reach of random shifts in step and feature.
@@ -37,7 +50,8 @@ class TrainingConfig:
         validate_every: steps between validations; 0 for twenty in all.
         validation_tokens: language model: tokens of the validation split used while training.
         evaluation_length: language model: window in which validation and test text is read.
-        checkpoint_every: steps between saves of the state for resuming.
+        checkpoint_every: steps between saves of the state for resuming, and for going back to if the
+            weights are no longer finite.
         threads: CPU threads; 0 leaves PyTorch's choice. Models of this size gain nothing from a second
             thread, and lose a factor of 25 to it (2.3 s against 59 s for 200 steps of digits, on 2 cores)
             where another process wants the same cores.
@@ -46,15 +60,21 @@ class TrainingConfig:
     steps: int = 0
     epochs: int = 60
     batch_size: int = 32
+    micro_batches: int = 1
+    gradient_checkpointing: bool = False
     sequence_length: int = 128
     learning_rate: float = 2e-2
     twin_learning_rate: float = 0.0
     warmup_steps: int = 50
-    schedule: Literal["linear", "cosine"] = "linear"
+    schedule: Schedule = "linear"
+    final_rate: float = 0.0
+    decay_rate_factor: float = 1.0
     weight_decay: float = 0.0
+    weight_decay_on: Literal["all", "matrices"] = "all"
     beta1: float = 0.9
     beta2: float = 0.98
     gradient_clip: float = 1.0
+    non_finite_limit: int = 3
     freeze_at: float = 0.5
     label_smoothing: float = 0.0
     shift_augmentation: int = 0
@@ -75,6 +95,8 @@ class TrainingConfig:
 
         for key in (
             "batch_size",
+            "micro_batches",
+            "non_finite_limit",
             "sequence_length",
             "validation_tokens",
             "evaluation_length",
@@ -87,15 +109,13 @@ class TrainingConfig:
             need(getattr(self, key) >= 0, key, "give 0 or more")
         need(self.steps > 0 or self.epochs > 0, "epochs", "give steps or epochs above 0")
         need(0 <= self.seed < 2**63, "seed", "give an integer from 0 to 2^63 - 1")
-        need(
-            math.isfinite(self.learning_rate) and self.learning_rate > 0,
-            "learning_rate",
-            "give a positive number",
-        )
+        for key in ("learning_rate", "decay_rate_factor"):
+            value = getattr(self, key)
+            need(math.isfinite(value) and value > 0, key, "give a positive number")
         for key in ("twin_learning_rate", "weight_decay"):
             need(math.isfinite(getattr(self, key)) and getattr(self, key) >= 0, key, "give 0 or more")
         need(self.gradient_clip > 0, "gradient_clip", "give a positive number")
-        for key in ("beta1", "beta2", "label_smoothing"):
+        for key in ("beta1", "beta2", "label_smoothing", "final_rate"):
             need(0 <= getattr(self, key) < 1, key, "give a number from 0 up to, not including, 1")
         need(0 <= self.freeze_at <= 1, "freeze_at", "give a fraction of training from 0 to 1")
         need(
@@ -117,10 +137,3 @@ class TrainingConfig:
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """Inverse of :meth:`to_dict`; raises MambaintError on unknown keys or wrong values."""
         return dataclass_from_dict(cls, values, "[training]")
-
-
-def learning_rate_factor(step: int, steps: int, warmup_steps: int, schedule: str) -> float:
-    """Share of the peak learning rate at a step from 0 to ``steps`` - 1: above 0, at most 1."""
-    warmup = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
-    done = step / steps
-    return warmup * ((1.0 - done) if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done)))

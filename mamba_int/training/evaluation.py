@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from mamba_int.datasets import ClassificationData, TextData
 from mamba_int.errors import MambaintError
+from mamba_int.training.data_parallel import ALONE, Ranks
 from mamba_int.training.protocol import TrainableModel
 
 _CLASSIFICATION_BATCH = 256
@@ -23,7 +25,7 @@ class Score:
 
     Attributes:
         metric: accuracy (classification) or bits per byte (language model).
-        loss: mean cross entropy in nats.
+        loss: mean cross entropy in nats per prediction.
         higher_is_better: whether ``metric`` is an accuracy.
     """
 
@@ -47,6 +49,7 @@ def evaluate(
     device: torch.device,
     window: int = 1024,
     max_tokens: int | None = None,
+    ranks: Ranks = ALONE,
 ) -> Score:
     """Score a model on a split, in eval mode; the mode is left at eval.
 
@@ -57,6 +60,7 @@ def evaluate(
         device: where to compute.
         window: language model: length of the windows the text is cut into (shorter for a short text).
         max_tokens: language model: use about that many tokens, in windows spread evenly over the split.
+        ranks: the processes that share the work; all get the same score.
 
     Raises:
         MambaintError: if the text split is too short for one prediction, or the loss is not finite.
@@ -64,10 +68,10 @@ def evaluate(
     model.eval()
     with torch.inference_mode():
         if isinstance(data, TextData):
-            score = _evaluate_text(model, getattr(data, split), device, window, max_tokens)
+            score = _evaluate_text(model, data, split, device, window, max_tokens, ranks)
         else:
             inputs, labels = getattr(data, f"{split}_inputs"), getattr(data, f"{split}_labels")
-            score = _evaluate_classes(model, inputs, labels, device)
+            score = _evaluate_classes(model, inputs, labels, device, ranks)
     if not math.isfinite(score.loss):
         raise MambaintError(
             f"the loss on the {split} split is not finite", "lower learning_rate, and train with --restart"
@@ -75,36 +79,49 @@ def evaluate(
     return score
 
 
-def _evaluate_classes(model: TrainableModel, inputs: Tensor, labels: Tensor, device: torch.device) -> Score:
-    correct = torch.zeros((), dtype=torch.int64, device=device)
-    loss = torch.zeros((), dtype=torch.float64, device=device)
-    for start in range(0, len(labels), _CLASSIFICATION_BATCH):
-        logits = model(inputs[start : start + _CLASSIFICATION_BATCH].to(device))
-        targets = labels[start : start + _CLASSIFICATION_BATCH].to(device)
-        correct += (logits.argmax(-1) == targets).sum()
-        loss += functional.cross_entropy(logits, targets, reduction="sum").double()
-    return Score(int(correct) / len(labels), float(loss) / len(labels), higher_is_better=True)
+def _evaluate_classes(
+    model: TrainableModel, inputs: Tensor, labels: Tensor, device: torch.device, ranks: Ranks
+) -> Score:
+    totals = torch.zeros(2, dtype=torch.float64, device=device)  # right answers, loss
+    batch = _CLASSIFICATION_BATCH
+    for start in range(ranks.rank * batch, len(labels), ranks.count * batch):
+        logits = model(inputs[start : start + batch].to(device))
+        targets = labels[start : start + batch].to(device)
+        totals[0] += (logits.argmax(-1) == targets).sum()
+        totals[1] += functional.cross_entropy(logits, targets, reduction="sum").double()
+    ranks.sum(totals)
+    correct, loss = totals.tolist()
+    return Score(int(correct) / len(labels), loss / len(labels), higher_is_better=True)
 
 
 def _evaluate_text(
-    model: TrainableModel, text: Tensor, device: torch.device, window: int, max_tokens: int | None
+    model: TrainableModel,
+    data: TextData,
+    split: str,
+    device: torch.device,
+    window: int,
+    max_tokens: int | None,
+    ranks: Ranks,
 ) -> Score:
-    window = min(window, len(text) - 1)
+    length = len(getattr(data, split))
+    window = min(window, length - 1)
     if window < 1:
-        raise MambaintError(f"a text split has {len(text)} bytes", "give a longer text")
-    count = (len(text) - 1) // window
-    starts = torch.arange(count) * window
+        raise MambaintError(f"the {split} split has {length} tokens", "give a longer text")
+    count = (length - 1) // window
+    starts = np.arange(count) * window
     if max_tokens is not None and count * window > max_tokens:
         kept = max(1, max_tokens // window)
-        starts = starts[torch.arange(kept) * count // kept]
-    loss = torch.zeros((), dtype=torch.float64, device=device)
+        starts = starts[np.arange(kept) * count // kept]
+    totals = torch.zeros(2, dtype=torch.float64, device=device)  # loss, bytes predicted
     batch = max(1, _TOKENS_PER_BATCH // window)
-    for first in range(0, len(starts), batch):
-        chunk = starts[first : first + batch]
-        windows = text[chunk[:, None] + torch.arange(window + 1)].long().to(device)
-        logits = model(windows[:, :-1])
-        loss += functional.cross_entropy(
-            logits.flatten(0, 1), windows[:, 1:].flatten(), reduction="sum"
+    for first in range(ranks.rank * batch, len(starts), ranks.count * batch):
+        windows = data.windows(split, starts[first : first + batch], window + 1)
+        targets = windows[:, 1:]
+        logits = model(windows[:, :-1].to(device))
+        totals[0] += functional.cross_entropy(
+            logits.flatten(0, 1), targets.to(device).flatten(), reduction="sum"
         ).double()
-    mean = float(loss) / (len(starts) * window)
-    return Score(mean / math.log(2), mean, higher_is_better=False)
+        totals[1] += int(data.tokenizer.lengths[targets.numpy()].sum())
+    ranks.sum(totals)
+    loss, size = totals.tolist()
+    return Score(loss / size / math.log(2), loss / (len(starts) * window), higher_is_better=False)

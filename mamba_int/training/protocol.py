@@ -14,8 +14,14 @@ class TrainableModel(Protocol):
 
     ``forward`` maps int64 inputs to float32 logits: [n, T, C] to [n, classes], or (language model)
     [n, T] to [n, T, vocabulary]. While training it updates its own estimates of the activation
-    scales, until ``freeze_scales``. ``state_dict`` holds everything, the estimates included.
+    scales, until ``freeze_scales``: buffers, of which those of floats are linear in the mean over the batch
+    and not read after their update, so that the trainer may average them over the parts of a batch.
+    ``state_dict`` holds everything, the estimates included. ``parameter_roles`` has every parameter
+    once, under ``matrices``, ``embeddings``, ``decays`` or ``small``. With ``gradient_checkpointing`` set,
+    the layers are computed anew in the backward pass.
     """
+
+    gradient_checkpointing: bool
 
     @property
     def scales_frozen(self) -> bool: ...
@@ -28,7 +34,7 @@ class TrainableModel(Protocol):
 
     def frozen_integers(self) -> dict[str, Tensor]: ...
 
-    def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]: ...
+    def parameter_roles(self) -> Mapping[str, list[nn.Parameter]]: ...
 
     def parameters(self) -> Iterator[nn.Parameter]: ...
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -13,13 +13,20 @@ from mamba_int.errors import MambaintError
 from mamba_int.training.container import read_container, require_keys, write_container
 
 FORMAT = "mambaint-training-state"
-VERSION = 1
+VERSION = 2
 _REMEDY = "start over with --restart, or give another --out folder"
-_ENTRIES: dict[str, type] = {"format": str, "version": int, "identity": dict, "progress": dict}
+_ENTRIES: dict[str, type] = {
+    "format": str,
+    "version": int,
+    "identity": dict,
+    "progress": dict,
+    "good_averaged": int,
+}
 _PROGRESS: dict[str, type] = {
     "step": int,
     "averaged": int,
     "skipped_batches": int,
+    "restored": int,
     "seconds": float,
     "best": list,
 }
@@ -33,6 +40,7 @@ class RunProgress:
         step: steps done.
         averaged: weights in the running average so far.
         skipped_batches: batches left out because their loss or gradient was not finite.
+        restored: how often the weights were not finite and those of an earlier step took their place.
         seconds: time spent, over all sittings.
         best: [metric, loss, step] of the best checkpoint, or empty.
     """
@@ -40,37 +48,80 @@ class RunProgress:
     step: int = 0
     averaged: int = 0
     skipped_batches: int = 0
+    restored: int = 0
     seconds: float = 0.0
     best: tuple[float, float, int] | tuple[()] = ()
 
 
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """Model, optimizer and average of one step, on the CPU.
+
+    Attributes:
+        averaged: weights in the average.
+        tensors: ``model.NAME``, ``optimizer.INDEX.NAME`` and ``average.INDEX``.
+    """
+
+    averaged: int
+    tensors: dict[str, Tensor]
+
+    @classmethod
+    def take(
+        cls,
+        model_state: dict[str, Tensor],
+        optimizer: torch.optim.Optimizer,
+        average: list[Tensor],
+        averaged: int,
+    ) -> Self:
+        """Copy the present state; the optimizer's hyperparameters come from the recipe."""
+        tensors = {f"model.{name}": tensor for name, tensor in model_state.items()}
+        for index, values in optimizer.state_dict()["state"].items():
+            for name, tensor in values.items():
+                tensors[f"optimizer.{index}.{name}"] = tensor
+        for index, tensor in enumerate(average):
+            tensors[f"average.{index}"] = tensor
+        copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+        return cls(averaged, copies)
+
+    def model_state(self) -> dict[str, Tensor]:
+        """For ``model.load_state_dict``."""
+        return {name[6:]: tensor for name, tensor in self.tensors.items() if name.startswith("model.")}
+
+    def average(self, device: torch.device) -> list[Tensor]:
+        """A copy of the averaged parameters, or an empty list."""
+        count = sum(name.startswith("average.") for name in self.tensors)
+        return [self.tensors[f"average.{index}"].to(device, copy=True) for index in range(count)]
+
+    def restore(self, optimizer: torch.optim.Optimizer) -> None:
+        """Load copies of the optimizer's tensors."""
+        values: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in self.tensors.items():
+            if name.startswith("optimizer."):
+                _, index, key = name.split(".", 2)
+                values.setdefault(int(index), {})[key] = tensor.clone()
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": values, "param_groups": groups})
+
+
 def save_state(
-    path: Path,
-    identity: dict[str, Any],
-    progress: RunProgress,
-    model_state: dict[str, Tensor],
-    optimizer: torch.optim.Optimizer,
-    average: list[Tensor],
+    path: Path, identity: dict[str, Any], progress: RunProgress, present: Snapshot, good: Snapshot
 ) -> None:
-    """Write everything atomically as one file: weights, optimizer, average, random generators, scalars.
+    """Write everything atomically as one file: tensors, random generators, scalars.
 
     Args:
         path: the file.
         identity: what the run is (model, recipe, data); a state is only resumed by an equal one.
         progress: the scalars.
-        model_state: ``model.state_dict()``.
-        optimizer: its per-parameter tensors are stored; hyperparameters come from the recipe.
-        average: averaged parameters, or empty.
+        present: the state at ``progress.step``.
+        good: what the run would go back to; written too unless it is ``present``, so that a resumed run goes
+            back to the same.
 
     Raises:
         MambaintError: if ``path`` cannot be written.
     """
-    tensors = {f"model.{name}": tensor for name, tensor in model_state.items()}
-    for index, values in optimizer.state_dict()["state"].items():
-        for name, tensor in values.items():
-            tensors[f"optimizer.{index}.{name}"] = tensor
-    for index, tensor in enumerate(average):
-        tensors[f"average.{index}"] = tensor
+    tensors = dict(present.tensors)
+    if good is not present:
+        tensors |= {f"good.{name}": tensor for name, tensor in good.tensors.items()}
     tensors["random.cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["random.cuda"] = torch.cuda.get_rng_state()
@@ -79,39 +130,32 @@ def save_state(
         "version": VERSION,
         "identity": identity,
         "progress": {**vars(progress), "best": list(progress.best)},
+        "good_averaged": good.averaged,
     }
     write_container(path, tensors, description)
 
 
 @dataclass(frozen=True, eq=False)
 class SavedState:
-    """A state read back; :meth:`restore` puts it into force."""
+    """A state read back.
 
-    path: Path
+    Attributes:
+        progress: the scalars.
+        present: the state at ``progress.step``.
+        good: what the run would go back to.
+        random: states of the random generators, by device type.
+    """
+
     progress: RunProgress
-    tensors: dict[str, Tensor]
+    present: Snapshot
+    good: Snapshot
+    random: dict[str, Tensor]
 
-    def model_state(self) -> dict[str, Tensor]:
-        """For ``model.load_state_dict``."""
-        return {name[6:]: tensor for name, tensor in self.tensors.items() if name.startswith("model.")}
-
-    def average(self, device: torch.device) -> list[Tensor]:
-        """The averaged parameters, or an empty list."""
-        count = sum(name.startswith("average.") for name in self.tensors)
-        return [self.tensors[f"average.{index}"].to(device) for index in range(count)]
-
-    def restore(self, optimizer: torch.optim.Optimizer) -> None:
-        """Load the optimizer's tensors and the random generators."""
-        values: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in self.tensors.items():
-            if name.startswith("optimizer."):
-                _, index, key = name.split(".", 2)
-                values.setdefault(int(index), {})[key] = tensor
-        groups = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({"state": values, "param_groups": groups})
-        torch.set_rng_state(self.tensors["random.cpu"])
-        if torch.cuda.is_available() and "random.cuda" in self.tensors:
-            torch.cuda.set_rng_state(self.tensors["random.cuda"])
+    def restore_random(self) -> None:
+        """Put the random generators into force."""
+        torch.set_rng_state(self.random["cpu"])
+        if torch.cuda.is_available() and "cuda" in self.random:
+            torch.cuda.set_rng_state(self.random["cuda"])
 
 
 def load_state(path: Path, identity: dict[str, Any]) -> SavedState:
@@ -139,4 +183,10 @@ def load_state(path: Path, identity: dict[str, Any]) -> SavedState:
     require_keys(values, _PROGRESS, f"the progress in {path}", _REMEDY)
     if "random.cpu" not in tensors:
         raise MambaintError(f"{path} lacks its random generator", _REMEDY)
-    return SavedState(path, RunProgress(**{**values, "best": tuple(values["best"])}), tensors)
+    progress = RunProgress(**{**values, "best": tuple(values["best"])})
+    random = {name[7:]: tensor for name, tensor in tensors.items() if name.startswith("random.")}
+    behind = {name[5:]: tensor for name, tensor in tensors.items() if name.startswith("good.")}
+    rest = {name: t for name, t in tensors.items() if not name.startswith(("random.", "good."))}
+    present = Snapshot(progress.averaged, rest)
+    good = Snapshot(description["good_averaged"], behind) if behind else present
+    return SavedState(progress, present, good, random)

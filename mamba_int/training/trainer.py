@@ -20,9 +20,11 @@ from mamba_int.config import MambaIntConfig
 from mamba_int.datasets import ClassificationData, DataSource, TextData
 from mamba_int.errors import MambaintError
 from mamba_int.training.config import TrainingConfig
+from mamba_int.training.data_parallel import ALONE, Ranks, resolve_device
 from mamba_int.training.metrics import append_metrics, plot_metrics
 from mamba_int.training.protocol import TrainableModel
 from mamba_int.training.run import CHECKPOINT_FILE, LAST_FILE, METRICS_FILE, PLOT_FILE, TrainingRun
+from mamba_int.training.tensorboard import TensorBoardLog
 
 LOG_EVERY = 10
 
@@ -36,7 +38,7 @@ class Progress:
         loss: training loss of the step in nats.
         learning_rate: peak rate times schedule.
         accuracy: training accuracy since the last log row (classification).
-        bits_per_byte: the loss in bits (language model).
+        bits_per_byte: the loss in bits per byte of text (language model).
         tokens_per_second: training speed since the last log row.
         validation: newest validation metric, or None before the first.
     """
@@ -80,31 +82,20 @@ class TrainingResult:
     resumed: bool
 
 
-def resolve_device(device: str) -> torch.device:
-    """``auto`` is CUDA where there is one, else the CPU; anything else is a PyTorch device name.
-
-    Raises:
-        MambaintError: if the device does not exist here.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise MambaintError(f"device '{device}' is not available here", "choose auto, cpu or cuda") from error
-    return chosen
-
-
 @contextmanager
-def _stop_requests() -> Iterator[Callable[[], bool]]:
-    """Turn the first SIGINT or SIGTERM into a polite request; a second one acts as always."""
+def _stop_requests(ranks: Ranks) -> Iterator[Callable[[], bool]]:
+    """Turn the first SIGINT or SIGTERM into a polite request; a second one acts as always.
+
+    Under ``torchrun`` a Ctrl-C arrives twice, from the terminal and from ``torchrun``, which itself ends
+    whoever does not stop within half a minute.
+    """
     stopped = threading.Event()
     previous: dict[signal.Signals, Any] = {}
 
     def request(number: int, frame: FrameType | None) -> None:
         stopped.set()
-        signal.signal(number, previous[signal.Signals(number)])
+        if ranks.count == 1:
+            signal.signal(number, previous[signal.Signals(number)])
 
     # Only the main thread may set handlers; elsewhere the caller stops a run in its own way.
     if threading.current_thread() is threading.main_thread():
@@ -128,28 +119,31 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _run_loop(run: TrainingRun, progress: Callable[[Progress], None] | None) -> None:
+def _run_loop(
+    run: TrainingRun, log: Callable[[dict[str, Any]], None], progress: Callable[[Progress], None] | None
+) -> None:
     """Train to the end, or to a request to stop.
 
     Raises:
         MambaintError: when stopped; the state is saved by then.
     """
-    window = _Window(run)
+    window = _Window(run, log)
     moment = time.perf_counter()
     run.model.train()
-    with _stop_requests() as stop_requested:
+    with _stop_requests(run.ranks) as stop_requested:
         for step in range(run.progress.step, run.steps):
             began = time.perf_counter()
             if step >= run.freeze_step and not run.model.scales_frozen:
                 run.model.freeze_scales()
-            loss, correct = run.update(step)
+            outcome = run.update(step, stop_requested())
             run.progress.step = step + 1
             if step >= run.average_step:
                 run.accumulate_average()
-            window.add(loss, correct, time.perf_counter() - began)
+            window.add(outcome.loss, outcome.correct, time.perf_counter() - began)
             last = run.progress.step == run.steps
             validated = last or run.progress.step % run.validate_every == 0
             if validated:
+                run.restore_if_not_finite()
                 run.validate(last)
             rate = run.config.learning_rate * run.rate_factor(step)
             if validated or run.progress.step % LOG_EVERY == 0:
@@ -162,16 +156,18 @@ def _run_loop(run: TrainingRun, progress: Callable[[Progress], None] | None) -> 
                     Progress(
                         run.progress.step,
                         run.steps,
-                        loss,
+                        outcome.loss,
                         rate,
                         window.accuracy,
-                        loss / math.log(2) if window.accuracy is None else None,
+                        window.bits_per_byte(outcome.loss) if window.accuracy is None else None,
                         window.speed,
                         run.validation.metric if run.validation else None,
                     )
                 )
-            stopping = stop_requested() and not last
+            # Several processes stop when all know of it, a step later.
+            stopping = (outcome.stopping if run.ranks.count > 1 else stop_requested()) and not last
             if last or stopping or run.progress.step % run.config.checkpoint_every == 0:
+                run.restore_if_not_finite()
                 run.save()
             if stopping:
                 raise MambaintError(
@@ -183,8 +179,9 @@ def _run_loop(run: TrainingRun, progress: Callable[[Progress], None] | None) -> 
 class _Window:
     """What happened since the last row of the log."""
 
-    def __init__(self, run: TrainingRun) -> None:
+    def __init__(self, run: TrainingRun, write: Callable[[dict[str, Any]], None]) -> None:
         self.run = run
+        self.write = write
         self.classes = run.metric_name == "accuracy"
         self.losses: list[float] = []
         self.right = torch.zeros((), dtype=torch.int64, device=run.device)
@@ -200,6 +197,10 @@ class _Window:
         self.right += correct
         self.seconds += seconds
 
+    def bits_per_byte(self, loss: float) -> float:
+        """A loss in nats per token in bits per byte of text, at the mean length of the training's tokens."""
+        return loss / math.log(2) / self.run.batches.bytes_per_token
+
     def log(self, rate: float, validated: bool) -> None:
         """Append a row and start anew; a window without one finite loss has nothing to say."""
         run = self.run
@@ -210,16 +211,41 @@ class _Window:
             loss = sum(self.losses) / len(self.losses)
             row: dict[str, Any] = {"step": run.progress.step, "loss": loss, "learning_rate": rate}
             row |= (
-                {"train_accuracy": self.accuracy} if self.classes else {"bits_per_byte": loss / math.log(2)}
+                {"train_accuracy": self.accuracy}
+                if self.classes
+                else {"bits_per_byte": self.bits_per_byte(loss)}
             )
             row["tokens_per_second"] = round(self.speed, 1)
+            for fault in ("skipped_batches", "restored"):
+                if getattr(run.progress, fault):
+                    row[fault] = getattr(run.progress, fault)
             if validated and run.validation is not None:
                 row[f"validation_{run.metric_name}"] = run.validation.metric
                 row["validation_loss"] = run.validation.loss
-            append_metrics(run.folder / METRICS_FILE, row)
+            self.write(row)
         self.losses = []
         self.right.zero_()
         self.batches, self.seconds = 0, 0.0
+
+
+@contextmanager
+def _log(run: TrainingRun, tensorboard: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """What process 0 does with a row of metrics; the others do nothing."""
+    path = run.folder / METRICS_FILE
+    with run.ranks.agreed():
+        board = TensorBoardLog(run.folder, run.progress.step) if tensorboard and run.ranks.first else None
+
+    def write(row: dict[str, Any]) -> None:
+        if run.ranks.first:
+            append_metrics(path, row)
+        if board is not None:
+            board.add(row)
+
+    try:
+        yield write
+    finally:
+        if board is not None:
+            board.close()
 
 
 def _new_model(config: MambaIntConfig, seed: int) -> TrainableModel:
@@ -237,7 +263,9 @@ def train(
     folder: Path,
     *,
     restart: bool = False,
-    device: str = "auto",
+    device: torch.device | str = "auto",
+    ranks: Ranks = ALONE,
+    tensorboard: bool = False,
     progress: Callable[[Progress], None] | None = None,
     build_model: Callable[[MambaIntConfig, int], TrainableModel] = _new_model,
 ) -> TrainingResult:
@@ -255,7 +283,11 @@ def train(
         source: where the data came from, for the checkpoint.
         folder: folder of the run; made if missing.
         restart: forget what an earlier run left in the folder.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``, or one as resolved.
+        ranks: the processes that train together (:func:`~mamba_int.training.data_parallel.joined`), all of
+            which make this call, see the same folder and return the same. The result is that of one process
+            up to the rounding of sums, and the same bits in every run with as many processes.
+        tensorboard: also log for TensorBoard, into ``tensorboard/``.
         progress: called after every step, in this thread.
         build_model: makes the model from a configuration and a seed.
 
@@ -268,16 +300,18 @@ def train(
             or SIGTERM (the state is saved by then).
     """
     _check_fit(model_config, data)
-    chosen = resolve_device(device)
+    chosen = device if isinstance(device, torch.device) else resolve_device(device)
     cuda_devices = [chosen] if chosen.type == "cuda" else []
     with _threads(training_config.threads), torch.random.fork_rng(devices=cuda_devices):
         torch.manual_seed(training_config.seed)
         model = build_model(model_config, training_config.seed).to(chosen)
-        run = TrainingRun(model, model_config, training_config, data, source, folder, chosen)
+        run = TrainingRun(model, model_config, training_config, data, source, folder, chosen, ranks)
         resumed = run.start(restart)
-        _run_loop(run, progress)
+        with _log(run, tensorboard) as log:
+            _run_loop(run, log, progress)
         test_metric, validation_metric, best_step = run.test()
-    plot_metrics(folder / METRICS_FILE, folder / PLOT_FILE, data.name)
+    if ranks.first:
+        plot_metrics(folder / METRICS_FILE, folder / PLOT_FILE, data.name)
     return TrainingResult(
         test_metric,
         validation_metric,

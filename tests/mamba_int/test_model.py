@@ -46,7 +46,7 @@ def loss_of(model: MambaInt, inputs: Tensor) -> Tensor:
 
 
 def train(model: MambaInt, inputs: Tensor, steps: int) -> list[float]:
-    optimizer = torch.optim.AdamW(model.parameter_groups(2e-2), betas=(0.9, 0.98), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2, betas=(0.9, 0.98), weight_decay=0.0)
     losses = []
     for _ in range(steps):
         optimizer.zero_grad()

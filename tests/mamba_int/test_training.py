@@ -15,146 +15,30 @@ import safetensors.torch
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 
-from mamba_int.config import MambaIntConfig
-from mamba_int.datasets import ClassificationData, DataSource, TextData
 from mamba_int.datasets.text_file import split_text
 from mamba_int.errors import MambaintError
-from mamba_int.training import Progress, TrainingConfig, TrainingResult, evaluate, load_checkpoint, train
+from mamba_int.training import Progress, TrainingConfig, evaluate, load_checkpoint, train
 from mamba_int.training.batches import make_batches
-from mamba_int.training.config import learning_rate_factor
 from mamba_int.training.metrics import read_metrics
 from mamba_int.training.run import CHECKPOINT_FILE, LAST_FILE, METRICS_FILE, PLOT_FILE, STATE_FILE
+from tests.mamba_int.stand_in import (
+    RECIPE,
+    SOURCE,
+    TEXT_RECIPE,
+    AlwaysBreaks,
+    BreaksAt,
+    StandIn,
+    assert_same_tensors,
+    fit,
+    interrupt_at,
+    make_config,
+    make_data,
+    tensors_of,
+)
 
 CPU = torch.device("cpu")
-SOURCE = DataSource()
-
-
-class StandIn(nn.Module):
-    """The least that is trainable: a running scale as a buffer, and dropout to consume random numbers."""
-
-    running: Tensor
-    frozen: Tensor
-
-    def __init__(self, config: MambaIntConfig, seed: int) -> None:
-        super().__init__()
-        self.config = config
-        generator = torch.Generator().manual_seed(seed)
-        width = config.vocab_size if config.task == "language_model" else config.seq_len * config.n_features
-        self.weight = nn.Parameter(torch.randn(config.n_outputs, width, generator=generator) * 0.1)
-        self.bias = nn.Parameter(torch.zeros(config.n_outputs))
-        self.register_buffer("running", torch.tensor(0.0))
-        self.register_buffer("frozen", torch.tensor(False))
-        self.calls = 0
-
-    @property
-    def scales_frozen(self) -> bool:
-        return bool(self.frozen)
-
-    def observe(self, inputs: Tensor) -> None:
-        self.running.fill_(inputs.float().abs().mean())
-
-    def freeze_scales(self) -> None:
-        assert not self.scales_frozen, "frozen twice"
-        self.frozen.fill_(True)
-
-    def frozen_integers(self) -> dict[str, Tensor]:
-        return {"weight": (self.weight.detach() * 64).round().long()}
-
-    def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
-        return [
-            {"params": [self.weight], "lr": learning_rate},
-            {"params": [self.bias], "lr": learning_rate / 2},
-        ]
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        if self.config.task == "language_model":
-            features = nn.functional.one_hot(inputs, self.config.vocab_size).float()
-        else:
-            features = inputs.flatten(1).float()
-            if self.training and not self.scales_frozen:
-                self.running.lerp_(features.abs().mean(), 0.02)
-            features = features / self.running.clamp_min(0.1)
-        return nn.functional.dropout(features, 0.1, self.training) @ self.weight.T + self.bias
-
-
-class BreaksAt(StandIn):
-    """Gives NaN in some training batches, and spoils its buffer as well."""
-
-    bad = frozenset({5})
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        logits = super().forward(inputs)
-        if self.training:
-            self.calls += 1
-            if self.calls in self.bad:
-                self.running.fill_(math.nan)
-                return logits * math.nan
-        return logits
-
-
-class AlwaysBreaks(BreaksAt):
-    bad = frozenset(range(7, 1000))
-
-
-def make_data(n: int = 60, classes: int = 3) -> ClassificationData:
-    generator = torch.Generator().manual_seed(1)
-
-    def part(count: int) -> tuple[Tensor, Tensor]:
-        labels = torch.arange(count) % classes
-        inputs = torch.randint(0, 5, (count, 4, 3), generator=generator)
-        inputs[torch.arange(count), labels] += 6
-        return inputs, labels
-
-    names = tuple(f"c{i}" for i in range(classes))
-    return ClassificationData(*part(n), *part(20), *part(20), names, (0.0,) * 3, (1.0,) * 3, 0, 16, "made")
-
-
-def make_config(data: ClassificationData | TextData, **changes: Any) -> MambaIntConfig:
-    if isinstance(data, TextData):
-        return MambaIntConfig(task="language_model", vocab_size=256, **changes)
-    return MambaIntConfig(
-        seq_len=data.seq_len, n_features=data.n_features, n_classes=data.n_classes, chunk_size=4, **changes
-    )
-
-
-RECIPE = TrainingConfig(
-    steps=37,
-    batch_size=16,
-    warmup_steps=5,
-    shift_augmentation=1,
-    validate_every=6,
-    checkpoint_every=9,
-    threads=1,
-)
-TEXT_RECIPE = dataclasses.replace(RECIPE, sequence_length=8, shift_augmentation=0, evaluation_length=32)
-
-
-def fit(folder: Path, config: TrainingConfig = RECIPE, **options: Any) -> TrainingResult:
-    data = options.pop("data", None) or make_data()
-    options = {"build_model": StandIn, "device": "cpu", **options}
-    arithmetic = options.pop("arithmetic", "integer")
-    return train(make_config(data, arithmetic=arithmetic), config, data, SOURCE, folder, **options)
-
-
-def interrupt_at(*steps: int) -> Any:
-    def progress(now: Progress) -> None:
-        if now.step in steps:
-            signal.raise_signal(signal.SIGINT)
-
-    return progress
-
-
-def tensors_of(path: Path) -> dict[str, Tensor]:
-    return safetensors.torch.load(path.read_bytes())
-
-
-def assert_same_tensors(one: Path, other: Path) -> None:
-    first, second = tensors_of(one), tensors_of(other)
-    assert first.keys() == second.keys()
-    for name in first:
-        assert torch.equal(first[name], second[name]), name
 
 
 # -- resuming -------------------------------------------------------------------------------------------
@@ -374,7 +258,7 @@ def test_shift_that_would_leave_the_domain_and_short_text_are_refused(tmp_path: 
     with pytest.raises(MambaintError, match=r"outside the inputs 1\.\.16"):
         make_batches(data, RECIPE, CPU)
     text = split_text(bytes(100), "t")
-    with pytest.raises(MambaintError, match="85 bytes, too few for a window of 128"):
+    with pytest.raises(MambaintError, match="85 tokens, too few for a window of 128"):
         make_batches(text, TrainingConfig(), CPU)
     with pytest.raises(MambaintError, match="device 'gpu'"):
         fit(tmp_path, device="gpu")
@@ -405,7 +289,7 @@ def with_description(path: Path, target: Path, change: Any) -> Path:
     ("change", "words"),
     [
         (lambda d: d.update(format="other"), "is not a checkpoint but 'other'"),
-        (lambda d: d.update(version=2), "checkpoint version 2, this program reads 1"),
+        (lambda d: d.update(version=1), "checkpoint version 1, this program reads 2"),
         (lambda d: d.update(extra=1), "unknown entry 'extra'"),
         (lambda d: d.pop("data"), "lacks the entry 'data'"),
         (lambda d: d.update(results=[]), "a list as 'results'"),
@@ -416,6 +300,7 @@ def with_description(path: Path, target: Path, change: Any) -> Path:
         (lambda d: d["data"].update(feature_scale=[1.0]), "inconsistent"),
         (lambda d: d["data"].update(feature_scale=["1", "1", "1"]), "inconsistent"),
         (lambda d: d["data"]["source"].update(kind="x"), r"\[data\] kind"),
+        (lambda d: d["data"].update(tokenizer={"kind": "words"}), "holds no tokenizer"),
     ],
 )
 def test_altered_description_is_refused(checkpoint: Path, tmp_path: Path, change: Any, words: str) -> None:
@@ -507,19 +392,16 @@ def test_damaged_state_is_refused_and_restart_helps(tmp_path: Path) -> None:
         {"batch_size": True},
         {"label_smoothing": 1.0},
         {"gradient_clip": 0.0},
+        {"micro_batches": 0},
+        {"final_rate": 1.0},
+        {"decay_rate_factor": 0.0},
+        {"non_finite_limit": 0},
+        {"weight_decay_on": "none"},
     ],
 )
 def test_impossible_recipe_is_refused_by_key(values: dict[str, Any]) -> None:
     with pytest.raises(MambaintError, match=r"\[training\] "):
         TrainingConfig.from_dict(values)
-
-
-@given(st.integers(1, 500), st.integers(0, 600), st.sampled_from(["linear", "cosine"]), st.data())
-def test_learning_rate_never_leaves_zero_to_peak(
-    steps: int, warmup: int, schedule: str, draw: st.DataObject
-) -> None:
-    step = draw.draw(st.integers(0, steps - 1))
-    assert 0 < learning_rate_factor(step, steps, warmup, schedule) <= 1
 
 
 def test_an_epoch_shows_every_sample_once_and_the_next_in_another_order() -> None:

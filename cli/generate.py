@@ -132,7 +132,7 @@ def command(
     from mamba_int.files import read_bytes
     from mamba_int.generation import generate
     from mamba_int.sampling import Sampler, SamplingConfig
-    from mamba_int.training.trainer import resolve_device
+    from mamba_int.training.data_parallel import resolve_device
     from mamba_int.vocabulary import TextStream, find_vocabulary
 
     torch.set_num_threads(1)

@@ -8,6 +8,7 @@ computes the integer model bit for bit, and ``quantize`` loses nothing.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +58,7 @@ class MambaInt(nn.Module):
     fracs: Tensor
     frozen: Tensor
     gradient_checkpointing: bool = False
+    observing: bool = True
 
     def __init__(self, config: MambaIntConfig, seed: int = 0) -> None:
         super().__init__()
@@ -307,18 +309,19 @@ class MambaInt(nn.Module):
         Returns:
             float [batch, n_classes], or [batch, T, vocab_size]: integer logits times 2^-frac.
         """
-        learning = self.training and self.exact and not self.scales_frozen
+        learning = self.training and self.exact and self.observing and not self.scales_frozen
         if learning:
             self._observe_weights()
             self._update_fracs()
         built, values = self._run(inputs, self.exact, trace)
         if learning:
+            seen = values
             if not set(built.observed.values()) <= values.keys():
                 # A fused run does not write what it rounds: a few sequences, node by node, show it.
                 with torch.no_grad():
                     few = max(1, OBSERVED_TOKENS // inputs.shape[1])
-                    values = execute_nodes(built.nodes, inputs[:few].to(values[built.output].dtype))
-            self._observe_activations(built, values)
+                    seen = execute_nodes(built.nodes, inputs[:few].to(values[built.output].dtype))
+            self._observe_activations(built, seen)
         return values[built.output] * 2.0 ** -built.nodes[-1].frac
 
     @torch.no_grad()

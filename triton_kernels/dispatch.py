@@ -14,10 +14,13 @@ KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.complex64)
 def runs_on_triton(x: Tensor) -> bool:
     """True if an operation on ``x`` launches its Triton kernels, False if it computes its PyTorch reference.
 
-    CUDA tensors launch kernels, and so do CPU tensors under Triton's interpreter (``TRITON_INTERPRET=1``).
-    Kernels accumulate in float32, so float64 always goes to the reference.
+    CUDA tensors launch kernels, and so do CPU tensors under Triton's interpreter (``TRITON_INTERPRET=1``),
+    bfloat16 excepted: the interpreter's ``tl.dot`` multiplies its bit patterns as integers. Kernels accumulate
+    in float32, so float64 always goes to the reference.
     """
-    return x.dtype in KERNEL_DTYPES and (x.is_cuda or bool(knobs.runtime.interpret))
+    if x.dtype not in KERNEL_DTYPES:
+        return False
+    return x.is_cuda or (bool(knobs.runtime.interpret) and x.dtype != torch.bfloat16)
 
 
 def device_of(x: Tensor) -> AbstractContextManager[object]:

@@ -1,8 +1,8 @@
 """The first-order linear recurrence h_t = a_t h_{t-1} + b_t, real or complex, as an associative scan.
 
-Pairs (a, b) compose as (a1, b1) then (a2, b2) = (a1 a2, a2 b1 + b2), which is associative (Blelloch 1990, "Prefix
-sums and their applications", section 1.4.1), so a block of time needs a logarithmic number of steps. A program owns
-a few channels of one sequence and carries the state from block to block.
+Pairs (a, b) compose as (a1, b1) then (a2, b2) = (a1 a2, a2 b1 + b2), which is associative (Blelloch 1990,
+"Prefix sums and their applications", section 1.4.1), so a block of time needs a logarithmic number of steps.
+A program owns a few channels of one sequence and carries the state from block to block.
 
 The gradient is the same recurrence from the end: g_t = dh_t + conj(a_{t+1}) g_{t+1}, db_t = g_t and
 da_t = g_t conj(h_{t-1}).
@@ -59,8 +59,8 @@ def _recurrence_kernel(
 ):
     """h of all steps and the state at the end.
 
-    REVERSE: the steps are taken from the last to the first, each decay is the conjugate of that of the step after
-    it in time (one for the last step), ``start`` belongs to the last step and ``end`` is conj(a_0) h_0.
+    REVERSE: the steps are taken from the last to the first, each decay is the conjugate of that of the step
+    after it in time (one for the last step), ``start`` belongs to the last step and ``end`` is conj(a_0) h_0.
     Complex values lie as (re, im).
     """
     batch = tl.program_id(1).to(tl.int64)
@@ -249,7 +249,8 @@ def associative_scan(a: Tensor, b: Tensor, initial_state: Tensor | None = None) 
         initial_state: [batch, D], complex if ``a`` is; zero if not given.
 
     Returns:
-        h like ``a``, and the final state [batch, D] of at least float32. Both have gradients to every argument.
+        h like ``a``, and the final state [batch, D] of at least float32. Both have gradients to every
+        argument.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit.

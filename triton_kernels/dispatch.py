@@ -15,8 +15,8 @@ def runs_on_triton(x: Tensor) -> bool:
     """True if an operation on ``x`` launches its Triton kernels, False if it computes its PyTorch reference.
 
     CUDA tensors launch kernels, and so do CPU tensors under Triton's interpreter (``TRITON_INTERPRET=1``),
-    bfloat16 excepted: the interpreter's ``tl.dot`` multiplies its bit patterns as integers. Kernels accumulate
-    in float32, so float64 always goes to the reference.
+    bfloat16 excepted: the interpreter's ``tl.dot`` multiplies its bit patterns as integers. Kernels
+    accumulate in float32, so float64 always goes to the reference.
     """
     if x.dtype not in KERNEL_DTYPES:
         return False

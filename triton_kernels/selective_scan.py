@@ -5,18 +5,19 @@
 with one decay for every channel and state, so there is no matrix product in it. Time is cut into chunks of
 ``CHUNK`` steps, which all run at once:
 
-1. ``_chunk_end_kernel``: what a chunk adds to the state at its end, if it began with none. The decay from a step
-   to the end is the exponential of A times a sum of step sizes, so this needs no recurrence.
+1. ``_chunk_end_kernel``: what a chunk adds to the state at its end, if it began with none. The decay from a
+   step to the end is the exponential of A times a sum of step sizes, so this needs no recurrence.
 2. ``_carry_kernel``: the state before each chunk.
 3. ``_scan_kernel``: the recurrence inside a chunk, and y.
 
-Backward runs 1 and 2 from the end for the gradient of the state after each chunk, then ``_scan_backward_kernel``,
-which computes a chunk's states again from the one kept before it. Exponents are sums of steps times A, never
-differences of large logarithms, and nothing is divided by a decay: with negative A nothing can overflow.
+Backward runs 1 and 2 from the end for the gradient of the state after each chunk, then
+``_scan_backward_kernel``, which computes a chunk's states again from the one kept before it. Exponents are
+sums of steps times A, never differences of large logarithms, and nothing is divided by a decay: with
+negative A nothing can overflow.
 
-A program is one warp: 32 channels, one a lane, with all steps of a chunk in the lane's registers, so that scans
-and sums over time need no other lane. It comes from keeping the integer arguments unspecialized: unaware that rows
-are aligned, the compiler does not vectorize over channels.
+A program is one warp: 32 channels, one a lane, with all steps of a chunk in the lane's registers, so that
+scans and sums over time need no other lane. It comes from keeping the integer arguments unspecialized:
+unaware that rows are aligned, the compiler does not vectorize over channels.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ def _chunk_end_kernel(
     HAS_Z: tl.constexpr,
     REVERSE: tl.constexpr,
 ):
-    """The state at a chunk's end without the state before it; REVERSE, the gradient before without that after.
+    """The state at a chunk's end without the state before it; REVERSE: the gradient before.
 
     Forward: values u, keys B. REVERSE: values the gradient of the output, keys C.
     """
@@ -113,7 +114,9 @@ def _chunk_end_kernel(
     delta_base = delta_ptr + batch * delta_batch_stride
     delta = _step_sizes(delta_base, time * delta_time_stride + d[None, :], mask, bias, SOFTPLUS)
     values = tl.load(
-        values_ptr + batch * values_batch_stride + time * values_time_stride + d[None, :], mask=mask, other=0.0
+        values_ptr + batch * values_batch_stride + time * values_time_stride + d[None, :],
+        mask=mask,
+        other=0.0,
     ).to(tl.float32)
     through = tl.cumsum(delta, 0)
     total = tl.sum(delta, 0)
@@ -125,7 +128,7 @@ def _chunk_end_kernel(
         span = through
     else:
         values *= delta
-        span = total[None, :] - through
+        span = tl.maximum(total[None, :] - through, 0.0)
         tl.store(total_ptr + tl.program_id(1).to(tl.int64) * channels + d, total, mask=in_channels)
     keys_base = keys_ptr + batch * N * length + t
     states_base = states_ptr + tl.program_id(1).to(tl.int64) * N * channels + d
@@ -387,7 +390,7 @@ def _carried_states(
     start: Tensor | None,
     reverse: bool,
 ) -> tuple[Tensor, Tensor]:
-    """States before all chunks [batch, chunks, N, D] (reverse: gradients after them), and the one at the end."""
+    """States before all chunks [batch, chunks, N, D] (reverse: gradients after them), and that at the end."""
     batch, length, channels = values.shape
     d_state = A.shape[1]
     num_chunks = total.shape[1]
@@ -634,7 +637,8 @@ def selective_scan(
     """
     if u.ndim != 3 or A.ndim != 2 or 0 in (*u.shape, *A.shape):
         raise ValueError(
-            f"u has shape {tuple(u.shape)} and A {tuple(A.shape)}; give [batch, L, D] and [D, N], none of them 0"
+            f"u has shape {tuple(u.shape)} and A {tuple(A.shape)}; "
+            "give [batch, L, D] and [D, N], none of them 0"
         )
     if B.dtype != C.dtype:
         raise ValueError(f"B and C have dtypes {B.dtype} and {C.dtype}; convert them to one")

@@ -8,7 +8,7 @@ import triton.language as tl
 
 @triton.jit
 def stable_softplus(x):
-    """max(x, 0) + log1p(e^-|x|); log1p(e) = log(w) e / (w - 1) with w = 1 + e (Higham 2002, section 1.14.1)."""
+    """max(x, 0) + log1p(e^-|x|); log1p(e) = log(w) e / (w - 1), w = 1 + e (Higham 2002, section 1.14.1)."""
     e = tl.exp(-tl.abs(x))
     w = 1.0 + e
     log1p = tl.where(w == 1.0, e, tl.log(w) * (e / tl.where(w == 1.0, 1.0, w - 1.0)))

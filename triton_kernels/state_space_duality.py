@@ -1,21 +1,22 @@
-"""The float scan of Mamba-2 in its matrix form: state-space duality (Dao & Gu 2024, arXiv 2405.21060, section 6).
+"""Mamba-2's float scan as matrix products: state-space duality (Dao & Gu 2024, arXiv 2405.21060, sec. 6).
 
     h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T        y_t = h_t C_t + D x_t
 
 This is the float operation; ``triton_kernels/ssd.py`` is the integer one, whose decays, gates and roundings
 are part of the proven model. They share the chunked form and nothing else.
 
-A chunk has Q tokens. With a_t the sum of dt A from the chunk's start through t and H the state before the chunk:
+A chunk has Q tokens. With a_t the sum of dt A from the chunk's start through t and H the state before the
+chunk:
 
     y_t = sum_{s<=t} e^(a_t - a_s) (C_t . B_s) dt_s x_s  +  e^(a_t) H C_t  +  D x_t
     H'  = e^(a_Q) H  +  sum_s e^(a_Q - a_s) dt_s x_s B_s^T
 
-Three launches forward: decays (``_decay_kernel``), the states before all chunks, carried in registers from chunk
-to chunk (``_chunk_state_kernel``), and the outputs, where one program serves many heads of a group, so that
-C B^T is computed once for all of them (``_chunk_output_kernel``). Four launches backward: the states again rather
-than kept; the gradients of the states, which are the same kernel run from the end with the gradient of y for x
-and C for B; every gradient of a chunk in one kernel (``_chunk_gradient_kernel``), where dB and dC are summed over
-the heads of a program in registers; and the gradient of the decays.
+Three launches forward: decays (``_decay_kernel``), the states before all chunks, carried in registers from
+chunk to chunk (``_chunk_state_kernel``), and the outputs, where one program serves many heads of a group, so
+that C B^T is computed once for all of them (``_chunk_output_kernel``). Four launches backward: the states
+again rather than kept; the gradients of the states, which are the same kernel run from the end with the
+gradient of y for x and C for B; every gradient of a chunk in one kernel (``_chunk_gradient_kernel``), where
+dB and dC are summed over the heads of a program in registers; and the gradient of the decays.
 
 States between kernels have the dtype of ``x`` and lie as [N, P], the layout both matrix products want.
 """
@@ -151,8 +152,8 @@ def _chunk_state_kernel(
 ):
     """The state before every chunk, or, REVERSE, the gradient of the state after every chunk.
 
-    Forward: values x, keys B, start the initial state, end the final one. REVERSE: values dy, keys C, start the
-    gradient of the final state, end that of the initial one.
+    Forward: values x, keys B, start the initial state, end the final one. REVERSE: values dy, keys C, start
+    the gradient of the final state, end that of the initial one.
     """
     batch = (tl.program_id(0) // num_heads).to(tl.int64)
     head = tl.program_id(0) % num_heads
@@ -190,7 +191,7 @@ def _chunk_state_kernel(
             weight = tl.exp2(dA_cumsum)
         else:
             step = tl.load(step_ptr + (row * num_chunks + chunk) * CHUNK + offset)
-            weight = tl.exp2(dA_total - dA_cumsum) * step
+            weight = tl.exp2(tl.minimum(dA_total - dA_cumsum, 0.0)) * step
         place = ((batch * num_chunks + chunk) * num_heads + head) * N * P + n[:, None] * P + p[None, :]
         tl.store(states_ptr + place, state.to(states_ptr.dtype.element_ty), mask=in_state)
         weighted = (values.to(tl.float32) * weight[:, None]).to(values.dtype)
@@ -266,7 +267,8 @@ def _chunk_output_kernel(
         dA_cumsum = tl.load(dA_cumsum_ptr + decays + offset)
         step = tl.load(step_ptr + decays + offset)
         y = tl.dot(C, state, input_precision=PRECISION) * tl.exp2(dA_cumsum)[:, None]
-        decay = tl.where(causal, tl.exp2(dA_cumsum[:, None] - dA_cumsum[None, :]), 0.0)
+        exponent = tl.minimum(dA_cumsum[:, None] - dA_cumsum[None, :], 0.0)
+        decay = tl.where(causal, tl.exp2(exponent), 0.0)
         attention = (CB * decay * step[None, :]).to(x.dtype)
         y = tl.dot(attention, x, y, input_precision=PRECISION)
         if HAS_D:
@@ -320,9 +322,9 @@ def _chunk_gradient_kernel(
 ):
     """All gradients of one chunk for ``heads_per_program`` heads of one group.
 
-    Square matrices are kept transposed, [s, t], so that the one that multiplies dy comes from registers.
-    The gradient of a_t is that of a row less that of a column of one and the same float32 matrix: their sums over
-    a chunk cancel to its precision, which sums over rounded products (y . dy - x . dx) would not.
+    Square matrices are kept transposed, [s, t], so that the one that multiplies dy comes from registers. The
+    gradient of a_t is that of a row less that of a column of one and the same float32 matrix: their sums
+    over a chunk cancel to its precision, which sums over rounded products (y . dy - x . dx) would not.
     """
     batch = (tl.program_id(1) // num_chunks).to(tl.int64)
     chunk = tl.program_id(1) % num_chunks
@@ -363,7 +365,8 @@ def _chunk_gradient_kernel(
         dA_total = tl.load(dA_cumsum_ptr + decays + CHUNK - 1)
         step = tl.load(step_ptr + decays + offset)
 
-        decay = tl.where(causal, tl.exp2(dA_cumsum[None, :] - dA_cumsum[:, None]), 0.0)
+        exponent = tl.minimum(dA_cumsum[None, :] - dA_cumsum[:, None], 0.0)
+        decay = tl.where(causal, tl.exp2(exponent), 0.0)
         dattention = tl.dot(x, tl.trans(dy), input_precision=PRECISION) * decay
         if HAS_D:
             skip = tl.sum(tl.sum(tl.where(diagonal, dattention, 0.0), 1), 0)
@@ -373,7 +376,7 @@ def _chunk_gradient_kernel(
         dstep = tl.sum(dattention, 1)
         da = tl.sum(dattention * step[:, None], 0)
 
-        remaining = tl.exp2(dA_total - dA_cumsum)
+        remaining = tl.exp2(tl.minimum(dA_total - dA_cumsum, 0.0))
         dx = tl.dot(B, dstate, input_precision=PRECISION) * remaining[:, None]
         across = tl.sum(x.to(tl.float32) * dx, 1)
         dstep += across
@@ -493,9 +496,7 @@ class _StateSpaceDuality(torch.autograd.Function):
             )
             states, final_state = _chunk_states(x, B, step, dA_cumsum, initial_state, launch, reverse=False)
             y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-            CB = x.new_empty(
-                batch, num_chunks, num_groups, launch.chunk, launch.chunk, dtype=torch.float32
-            )
+            CB = x.new_empty(batch, num_chunks, num_groups, launch.chunk, launch.chunk, dtype=torch.float32)
             heads = _heads_per_program(batch * num_chunks, num_heads // num_groups, num_groups, 792)
             _chunk_output_kernel[(num_heads // heads, batch * num_chunks)](
                 x,
@@ -633,7 +634,7 @@ def _chunk_states(
     launch: _Launch,
     reverse: bool,
 ) -> tuple[Tensor, Tensor]:
-    """States at the chunks' bounds [batch, chunks, H, N, P] and the one at the end [batch, H, P, N], float32."""
+    """States at the chunks' bounds [batch, chunks, H, N, P] and at the end [batch, H, P, N], float32."""
     batch, length, num_heads, headdim = values.shape
     d_state = keys.shape[-1]
     num_chunks = triton.cdiv(length, launch.chunk)
@@ -723,7 +724,7 @@ def state_space_duality(
     Args:
         x: [batch, T, H, P]; bfloat16, float16, float32 or float64.
         dt: step sizes [batch, T, H], of any float dtype; positive, unless ``dt_softplus``.
-        A: rates [H], negative.
+        A: rates [H], negative: exponents are capped at zero, where rounded sums of large ones could pass it.
         B, C: [batch, T, G, N], of the dtype of ``x``; head h belongs to group h // (H / G).
         D: skip weights [H]. dt_bias: added to ``dt`` before the softplus [H].
         dt_softplus: apply softplus to ``dt`` (plus ``dt_bias``).

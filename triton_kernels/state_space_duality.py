@@ -15,8 +15,9 @@ Three launches forward: decays (``_decay_kernel``), the states before all chunks
 chunk to chunk (``_chunk_state_kernel``), and the outputs, where one program serves many heads of a group, so
 that C B^T is computed once for all of them (``_chunk_output_kernel``). Four launches backward: the states
 again rather than kept; the gradients of the states, which are the same kernel run from the end with the
-gradient of y for x and C for B; every gradient of a chunk in one kernel (``_chunk_gradient_kernel``), where
-dB and dC are summed over the heads of a program in registers; and the gradient of the decays.
+gradient of y for x and C for B; every gradient of a chunk in one kernel (``_chunk_gradient_kernel``) with
+C B^T from the forward, where dB and then dC are summed over the heads of a program in registers (two loops:
+both sums at once would not fit); and the gradient of the decays.
 
 States between kernels have the dtype of ``x`` and lie as [N, P], the layout both matrix products want.
 """
@@ -441,8 +442,7 @@ def _launch(dtype: torch.dtype, headdim: int, d_state: int) -> _Launch:
         chunk = 32 if block_N * block_P <= 128 * 64 else 16
         return _Launch(chunk, block_N, block_P, min(block_P, 32), "tf32x3", (4, 4, 8), (1, 1, 1))
     chunk = 64 if block_N <= 128 and block_P <= 128 else 32
-    wide = block_N * block_P > 64 * 64
-    return _Launch(chunk, block_N, block_P, min(block_P, 32), "ieee", (4, 4, 8 if wide else 4), (3, 2, 2))
+    return _Launch(chunk, block_N, block_P, min(block_P, 32), "ieee", (4, 4, 8), (3, 2, 2))
 
 
 def _heads_per_program(rows: int, heads_per_group: int, num_groups: int, programs: int) -> int:

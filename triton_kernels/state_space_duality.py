@@ -439,7 +439,7 @@ def _launch(dtype: torch.dtype, headdim: int, d_state: int) -> _Launch:
     block_P = max(16, triton.next_power_of_2(headdim))
     if dtype == torch.float32:
         # Three TF32 products give float32's precision on tensor cores; tiles are twice as large in bytes.
-        chunk = 32 if block_N * block_P <= 128 * 64 else 16
+        chunk = 32 if block_N <= 128 and block_P <= 64 else 16
         return _Launch(chunk, block_N, block_P, min(block_P, 32), "tf32x3", (4, 4, 8), (1, 1, 1))
     chunk = 64 if block_N <= 128 and block_P <= 128 else 32
     return _Launch(chunk, block_N, block_P, min(block_P, 32), "ieee", (4, 4, 8), (3, 2, 2))

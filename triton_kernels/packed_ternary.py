@@ -66,7 +66,16 @@ def _dot4(codes, x, total, DP4A: tl.constexpr):
 
 @triton.jit
 def _gemv_kernel(
-    words, x, y, N, width, DP4A: tl.constexpr, STEPS: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr
+    words,
+    x,
+    y,
+    N,
+    width,
+    DP4A: tl.constexpr,
+    STEPS: tl.constexpr,
+    UNROLL: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
     column = tl.arange(0, BLOCK)
@@ -95,9 +104,8 @@ def _gemv_kernel(
     tl.store(y + row + 3, tl.sum(row3, 1) - offset, mask=row + 3 < N)
 
 
-UNROLL = tl.constexpr(8)
-# Groups of rows a program, words a step, and warps.
-BLOCKS = (4, 128, 4)
+# Groups of rows a program, words a step, steps whose loads overlap, and warps.
+BLOCKS = (4, 128, 8, 4)
 
 
 def ternary_gemv(weight: PackedTernary, x: Tensor) -> Tensor:
@@ -115,10 +123,11 @@ def ternary_gemv(weight: PackedTernary, x: Tensor) -> Tensor:
         raise ValueError(f"x must be int8 [{K}], not {x.dtype} {list(x.shape)}")
     if K % SIDE:
         x = torch.nn.functional.pad(x, (0, -K % SIDE))
-    groups, block, warps = BLOCKS
+    groups, block, unroll, warps = BLOCKS
     y = torch.empty(weight.rows, dtype=torch.int32, device=x.device)
     _gemv_kernel[(triton.cdiv(len(weight.words), groups),)](
         weight.words, x.contiguous().view(torch.int32), y, weight.rows, width,
-        DP4A=x.is_cuda, STEPS=triton.cdiv(width, block), GROUPS=groups, BLOCK=block, num_warps=warps,
+        DP4A=x.is_cuda, STEPS=triton.cdiv(width, block), UNROLL=unroll, GROUPS=groups, BLOCK=block,
+        num_warps=warps,
     )  # fmt: skip
     return y

@@ -272,7 +272,8 @@ def train(
     """Train a model in a folder, or finish the training an earlier call began there.
 
     The folder gets ``checkpoint.safetensors`` (best by validation after the scales were frozen),
-    ``last.safetensors``, ``state.safetensors`` (for resuming), ``metrics.jsonl`` and ``metrics.png``.
+    ``last.safetensors``, ``state.safetensors`` (for resuming), ``metrics.jsonl`` and ``metrics.png``, and
+    ``tokenizer.json`` where the data has a BPE.
     Interrupted at any step and resumed, a run on the same machine ends with the same bits. The float
     twin is the same call with ``arithmetic="float"``, ``training_config.twin()`` and another folder.
 

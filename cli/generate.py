@@ -11,6 +11,7 @@ import click
 
 if TYPE_CHECKING:
     from mamba_int.datasets import Tokenizer
+    from mamba_int.generation import Generation
     from mamba_int.graph import Graph
     from mamba_int.text_stream import TextStream
 
@@ -81,6 +82,23 @@ class _Printer:
             self._title()
 
 
+def _results(
+    prompts: list[bytes], prompt_tokens: list[int], streams: list[TextStream], generation: Generation
+) -> list[dict[str, Any]]:
+    """What became of each prompt, as JSON values."""
+    rows = zip(prompts, prompt_tokens, streams, generation.tokens, generation.stopped, strict=True)
+    return [
+        {
+            "prompt": prompt.decode(errors="replace"),
+            "prompt_tokens": count,
+            "text": stream.text,
+            "tokens": tokens,
+            "finish": "stop" if stopped else "length",
+        }
+        for prompt, count, stream, tokens, stopped in rows
+    ]
+
+
 @click.command("generate")
 @click.argument("model", metavar="[MODEL]", required=False, type=click.Path(path_type=Path))
 @click.option("--prompt", "texts", multiple=True, metavar="TEXT", help="A prompt; several are one batch.")
@@ -139,12 +157,12 @@ def command(
     import torch
 
     from mamba_int.decoder import Decoder
+    from mamba_int.device import resolve_device
     from mamba_int.errors import MambaintError
     from mamba_int.files import read_bytes
     from mamba_int.generation import generate
     from mamba_int.sampling import Sampler, SamplingConfig
     from mamba_int.text_stream import TextStream
-    from mamba_int.training.data_parallel import resolve_device
 
     torch.set_num_threads(1)
     prompts = [text.encode() for text in texts] + [read_bytes(path) for path in files]
@@ -174,19 +192,10 @@ def command(
         printer.ended = [True] * len(streams)
         printer.show()
         return
-    rows = zip(prompts, encoded, streams, result.tokens, result.stopped, strict=True)
+    found = _results(prompts, [len(ids) for ids in encoded], streams, result)
     report: dict[str, Any] = {
         "model_id": graph.model_id,
-        "results": [
-            {
-                "prompt": prompt.decode(errors="replace"),
-                "prompt_tokens": len(ids),
-                "text": stream.text,
-                "tokens": tokens,
-                "finish": "stop" if stopped else "length",
-            }
-            for prompt, ids, stream, tokens, stopped in rows
-        ],
+        "results": found,
         "tokens_per_second": round(result.tokens_per_second, 1),
         "prefill_seconds": round(result.prefill_seconds, 4),
         "decode_seconds": round(result.decode_seconds, 4),

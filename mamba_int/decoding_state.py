@@ -24,7 +24,7 @@ VERSION = 1
 _REMEDY = "give a state saved while decoding this model"
 
 
-def initial_memories(graph: Graph) -> dict[str, dict[str, IntArray]]:
+def _initial_memories(graph: Graph) -> dict[str, dict[str, IntArray]]:
     """What every operation remembers before the first step, of one sequence: node -> name -> int64 array.
 
     Raises:
@@ -72,7 +72,7 @@ class DecodingState:
         Raises:
             MambaintError: for a graph that is not causal.
         """
-        initial = initial_memories(graph)
+        initial = _initial_memories(graph)
         memories: dict[str, Memory] = {
             node: {name: np.repeat(value[None], batch, 0) for name, value in memory.items()}
             for node, memory in initial.items()

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mamba_int.graph import Graph, Node
 from mamba_int.operations import OPERATIONS
+from mamba_int.operations.base import recorder
 
 Values = dict[str, Tensor]
 Run = Callable[[Values, dict[str, Node]], None]
@@ -117,21 +117,17 @@ def execute_nodes(
         gradient_checkpointing: as in :func:`execute_plan`.
     """
 
-    def step(name: str) -> Step:
-        def record(intermediate: str, value: Any) -> None:
-            if trace is not None:
-                trace[f"{name}.{intermediate}"] = value
-
+    def step(node: Node) -> Step:
         def run(values: Values, by_name: dict[str, Node]) -> None:
-            node = by_name[name]
-            operands = [values[source] for source in (node.inputs or (name,))]
-            values[name] = OPERATIONS[node.op].execute(node, operands, record, rounding)
+            operands = [values[name] for name in (node.inputs or (node.name,))]
+            value = OPERATIONS[node.op].execute(node, operands, recorder(node, trace), rounding)
+            values[node.name] = value
             if observe is not None:
-                observe(name, values[name])
+                observe(node.name, value)
 
-        return Step((name,), run)
+        return Step((node.name,), run)
 
-    values = execute_plan([step(node.name) for node in nodes], nodes, inputs, gradient_checkpointing)
+    values = execute_plan([step(node) for node in nodes], nodes, inputs, gradient_checkpointing)
     if trace is not None:
         trace.update(values)
     return values

@@ -106,6 +106,7 @@ def test_summary_names_tokens_bytes_and_file(
         (["missing.txt", "--output", "x.tokens"], "cannot read missing.txt"),
         (["a.txt", "--output", "x.bin"], "does not end in .tokens"),
         (["a.txt", "--output", "x.tokens", "--vocab-size", "12"], "vocabulary of 12"),
+        (["a.txt", "--output", "x.tokens", "--vocab-size", "0"], "vocabulary of 0"),
         (["a.txt", "--output", "x.tokens", "--tokenizer", "bytes", "--vocab-size", "300"], "--vocab-size"),
         (["a.txt", "--output", "x.tokens", "--tokenizer-file", "tiny.toml"], "not valid JSON"),
         (["a.txt", "--output", "x.tokens", "--tokenizer-file", "no.tokens"], "cannot read no.tokens"),

@@ -59,6 +59,8 @@ class MambaInt(nn.Module):
     frozen: Tensor
     gradient_checkpointing: bool = False
     """Whether the inside of every layer is computed anew in the backward pass instead of kept."""
+    observing: bool = True
+    """Whether forwards update the estimates behind the scales."""
 
     def __init__(self, config: MambaIntConfig, seed: int = 0) -> None:
         super().__init__()
@@ -324,7 +326,7 @@ class MambaInt(nn.Module):
         Returns:
             float [batch, n_classes], or [batch, T, vocab_size]: integer logits times 2^-frac.
         """
-        learning = self.training and self.exact and not self.scales_frozen
+        learning = self.training and self.exact and self.observing and not self.scales_frozen
         if learning:
             self._observe_weights()
             self._update_fracs()

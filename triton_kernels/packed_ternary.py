@@ -1,8 +1,8 @@
 """Ternary matrices at two bits a weight, multiplied by one vector: what decoding a token is bound by.
 
-A 32-bit word holds t + 1 of the 16 rows of a group at one column, row j at bit 2 j. ``word >> 2 j`` masked
-with 0x00030003 is row j in its low half and row j + 8 in its high half; times an unsigned 8-bit activation
-both halves accumulate in one 32-bit register, 128 products before the low half could overflow.
+A 32-bit word holds t + 1 of 4 rows at 4 consecutive columns: byte b is column 4 i + b, bits 2 j and 2 j + 1
+of it row j. ``(word >> 2 j) & 0x03030303`` is then row j as four bytes, and one instruction (dp4a) adds its
+product with four 8-bit activations to a 32-bit sum.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS = 16
-"""Rows that share a word."""
+SIDE = 4
+"""Rows, and columns, that share a word."""
 
 
 @dataclass(frozen=True)
@@ -23,12 +23,13 @@ class PackedTernary:
     """A ternary matrix [N, K].
 
     Attributes:
-        words: int32 [ceil(N / 16), K].
-        row_sums: int32 [N], sum of every row.
+        words: int32 [ceil(N / 4), ceil(K / 4)].
+        rows, columns: N and K.
     """
 
     words: Tensor
-    row_sums: Tensor
+    rows: int
+    columns: int
 
 
 def pack_ternary(weight: Tensor) -> PackedTernary:
@@ -40,63 +41,93 @@ def pack_ternary(weight: Tensor) -> PackedTernary:
     t = weight.to(torch.int64)
     if not bool(((t >= -1) & (t <= 1)).all()) or not bool((t == weight).all()):
         raise ValueError("the matrix is not ternary")
-    missing = -len(t) % ROWS
-    codes = torch.nn.functional.pad(t + 1, (0, 0, 0, missing)).reshape(-1, ROWS, t.shape[1])
-    places = 2 * torch.arange(ROWS, device=t.device)[:, None]
-    words = (codes << places).sum(1)
+    N, K = t.shape
+    codes = torch.nn.functional.pad(t + 1, (0, -K % SIDE, 0, -N % SIDE))
+    codes = codes.reshape(-(-N // SIDE), SIDE, -(-K // SIDE), SIDE).transpose(1, 2)
+    row, column = torch.meshgrid(*[torch.arange(SIDE, device=t.device)] * 2, indexing="ij")
+    words = (codes << (2 * row + 8 * column)).sum((2, 3))
     # From unsigned to the signed word with the same bits.
     words = torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
-    return PackedTernary(words.contiguous(), t.sum(1).to(torch.int32))
+    return PackedTernary(words.contiguous(), N, K)
 
 
 @triton.jit
-def _gemv_kernel(words, row_sums, x, y, N, K, STEPS: tl.constexpr, BLOCK_K: tl.constexpr):
-    group = tl.program_id(0)
-    k = tl.arange(0, BLOCK_K)
-    j = tl.arange(0, 8)
-    words += group.to(tl.int64) * K
-    both = tl.zeros((8, BLOCK_K), tl.uint32)
-    total = tl.zeros((BLOCK_K,), tl.int32)
-    for step in range(STEPS):
-        at = step * BLOCK_K + k
-        word = tl.load(words + at, mask=at < K, other=0).to(tl.uint32, bitcast=True)
-        value = tl.load(x + at, mask=at < K, other=-128).to(tl.int32)
-        total += tl.where(at < K, value, 0)
-        codes = (word[None, :] >> (2 * j).to(tl.uint32)[:, None]) & 0x00030003
-        both += codes * (value + 128).to(tl.uint32)[None, :]
-    low = tl.sum((both & 0xFFFF).to(tl.int32), 1)
-    high = tl.sum((both >> 16).to(tl.int32), 1)
-    # sum (t + 1) (x + 128) = sum t x + sum x + 128 (sum t + K)
-    offset = tl.sum(total, 0) + 128 * K
-    row = group * 16 + j
-    sums = tl.load(row_sums + row, mask=row < N, other=0)
-    tl.store(y + row, low - offset - 128 * sums, mask=row < N)
-    sums = tl.load(row_sums + row + 8, mask=row + 8 < N, other=0)
-    tl.store(y + row + 8, high - offset - 128 * sums, mask=row + 8 < N)
+def _dot4(codes, x, total, DP4A: tl.constexpr):
+    """total + sum of the products of four unsigned and four signed bytes."""
+    if DP4A:
+        return tl.inline_asm_elementwise(
+            "dp4a.u32.s32 $0, $1, $2, $3;", "=r,r,r,r", [codes, x, total], tl.int32, is_pure=True, pack=1
+        )
+    for byte in tl.static_range(4):
+        # Up to the top and back brings the sign along.
+        total += ((codes >> (8 * byte)) & 3) * ((x << (24 - 8 * byte)) >> 24)
+    return total
 
 
-# Columns a step, and warps.
-BLOCKS = (512, 4)
+@triton.jit
+def _gemv_kernel(
+    words,
+    x,
+    y,
+    N,
+    width,
+    DP4A: tl.constexpr,
+    STEPS: tl.constexpr,
+    UNROLL: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
+    column = tl.arange(0, BLOCK)
+    row0 = tl.zeros((GROUPS, BLOCK), tl.int32)
+    row1 = tl.zeros((GROUPS, BLOCK), tl.int32)
+    row2 = tl.zeros((GROUPS, BLOCK), tl.int32)
+    row3 = tl.zeros((GROUPS, BLOCK), tl.int32)
+    ones = tl.zeros((GROUPS, BLOCK), tl.int32)
+    at = words + group[:, None].to(tl.int64) * width
+    present = (group * 4 < N)[:, None]
+    for step in tl.range(0, STEPS, loop_unroll_factor=UNROLL):
+        i = step * BLOCK + column[None, :]
+        word = tl.load(at + i, mask=present & (i < width), other=0)
+        value = tl.load(x + i, mask=i < width, other=0) + tl.zeros((GROUPS, BLOCK), tl.int32)
+        row0 = _dot4(word & 0x03030303, value, row0, DP4A)
+        row1 = _dot4((word >> 2) & 0x03030303, value, row1, DP4A)
+        row2 = _dot4((word >> 4) & 0x03030303, value, row2, DP4A)
+        row3 = _dot4((word >> 6) & 0x03030303, value, row3, DP4A)
+        ones = _dot4(tl.full((GROUPS, BLOCK), 0x01010101, tl.int32), value, ones, DP4A)
+    # sum (t + 1) x = sum t x + sum x
+    offset = tl.sum(ones, 1)
+    row = group * 4
+    tl.store(y + row, tl.sum(row0, 1) - offset, mask=row < N)
+    tl.store(y + row + 1, tl.sum(row1, 1) - offset, mask=row + 1 < N)
+    tl.store(y + row + 2, tl.sum(row2, 1) - offset, mask=row + 2 < N)
+    tl.store(y + row + 3, tl.sum(row3, 1) - offset, mask=row + 3 < N)
+
+
+# Groups of rows a program, words a step, steps whose loads overlap, and warps.
+BLOCKS = (4, 128, 8, 4)
 
 
 def ternary_gemv(weight: PackedTernary, x: Tensor) -> Tensor:
     """W x, exact.
 
     Args:
-        weight: W, [N, K] with K up to 2^16.
-        x: int8 [K].
+        weight: W, [N, K].
+        x: int8 [K], K times 255 below 2^31.
 
     Returns:
         int32 [N].
     """
-    N, K = len(weight.row_sums), weight.words.shape[1]
+    K, width = weight.columns, weight.words.shape[1]
     if x.shape != (K,) or x.dtype != torch.int8:
         raise ValueError(f"x must be int8 [{K}], not {x.dtype} {list(x.shape)}")
-    block, warps = BLOCKS
-    if K > 128 * block:
-        raise ValueError(f"{K} columns overflow the 16-bit sums")
-    y = torch.empty(N, dtype=torch.int32, device=x.device)
-    _gemv_kernel[(len(weight.words),)](
-        weight.words, weight.row_sums, x, y, N, K, STEPS=triton.cdiv(K, block), BLOCK_K=block, num_warps=warps
-    )
+    if K % SIDE:
+        x = torch.nn.functional.pad(x, (0, -K % SIDE))
+    groups, block, unroll, warps = BLOCKS
+    y = torch.empty(weight.rows, dtype=torch.int32, device=x.device)
+    _gemv_kernel[(triton.cdiv(len(weight.words), groups),)](
+        weight.words, x.contiguous().view(torch.int32), y, weight.rows, width,
+        DP4A=x.is_cuda, STEPS=triton.cdiv(width, block), UNROLL=unroll, GROUPS=groups, BLOCK=block,
+        num_warps=warps,
+    )  # fmt: skip
     return y

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import platform
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +22,7 @@ from zk.estimate import QUANTITIES, Calibration, Measurement, Size, fit
 from zk.ezkl_calls import installed_version
 from zk.keys import make_keys
 from zk.package import decode_package
+from zk.processor import processor_name
 from zk.prove import prove
 from zk.srs import development_srs
 from zk.verify import check
@@ -54,16 +54,10 @@ _CHAIN = 30
 
 def machine() -> dict[str, Any]:
     """What a calibration holds for: processor, usable cores, EZKL."""
-    model = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.split(":", 1)[1].strip() for line in lines if "model name" in line), model)
-    except OSError:
-        pass
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     # EZKL's threads obey this variable.
     threads = os.environ.get("RAYON_NUM_THREADS", "")
-    return {"cpu": model, "cores": cores, "threads": threads, "ezkl": installed_version()}
+    return {"cpu": processor_name(), "cores": cores, "threads": threads, "ezkl": installed_version()}
 
 
 def calibration_path(cache: Path | None = None) -> Path:

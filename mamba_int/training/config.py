@@ -39,6 +39,8 @@ class TrainingConfig:
         non_finite_limit: a batch whose loss or gradient is not finite is left out, and what it did undone;
             the run gives up at this many.
         freeze_at: fraction of training after which the activation scales are frozen.
+        observe_every: steps between looks at the activations that set their scales, until they are frozen; on
+            a GPU the steps between run as CUDA graphs.
         label_smoothing: of the cross entropy.
         shift_augmentation: classification: reach of random shifts in step and feature.
         noise_augmentation: classification: non-zero inputs move by a random integer up to this, clamped.
@@ -76,6 +78,7 @@ class TrainingConfig:
     gradient_clip: float = 1.0
     non_finite_limit: int = 3
     freeze_at: float = 0.5
+    observe_every: int = 1
     label_smoothing: float = 0.0
     shift_augmentation: int = 0
     noise_augmentation: int = 0
@@ -97,6 +100,7 @@ class TrainingConfig:
             "batch_size",
             "micro_batches",
             "non_finite_limit",
+            "observe_every",
             "sequence_length",
             "validation_tokens",
             "evaluation_length",

@@ -18,13 +18,17 @@ class TrainableModel(Protocol):
     and not read after their update, so that the trainer may average them over the parts of a batch.
     ``state_dict`` holds everything, the estimates included. ``parameter_roles`` has every parameter
     once, under ``matrices``, ``embeddings``, ``decays`` or ``small``. With ``gradient_checkpointing`` set,
-    the layers are computed anew in the backward pass.
+    the layers are computed anew in the backward pass. ``observing`` False suspends the estimates, so that
+    a step reads nothing on the host; ``scales`` are what they have led to.
     """
 
     gradient_checkpointing: bool
+    observing: bool
 
     @property
     def scales_frozen(self) -> bool: ...
+
+    def scales(self) -> Mapping[str, int]: ...
 
     def __call__(self, inputs: Tensor) -> Tensor: ...
 

@@ -19,6 +19,7 @@ from mamba_int.datasets import ClassificationData, DataSource, TextData, save_to
 from mamba_int.errors import MambaintError
 from mamba_int.files import remove
 from mamba_int.training.batches import make_batches
+from mamba_int.training.captured import CapturedBackward
 from mamba_int.training.checkpoint import DataDescription, load_checkpoint, save_checkpoint
 from mamba_int.training.config import TrainingConfig
 from mamba_int.training.data_parallel import Ranks
@@ -103,6 +104,7 @@ class TrainingRun:
                 f"{config.micro_batches} micro_batches in each of {ranks.count} processes",
                 "raise batch_size, or lower micro_batches",
             )
+        self._captured = CapturedBackward(self._add_gradients, self.parameters)
         self.average: list[Tensor] = []
         self.progress = RunProgress()
         self.validation: Score | None = None
@@ -192,7 +194,8 @@ class TrainingRun:
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * factor
         buffers = [buffer.clone() for buffer in self.model.buffers()]
-        self.optimizer.zero_grad(set_to_none=True)
+        self.model.observing = step % self.config.observe_every == 0
+        self.optimizer.zero_grad(set_to_none=self.device.type != "cuda")
         loss, correct, stopping = self._backward(step, buffers, stop_requested)
         self.ranks.sum_gradients(self.parameters)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.gradient_clip)
@@ -230,25 +233,24 @@ class TrainingRun:
         loss = torch.zeros((), device=self.device)
         correct = torch.zeros((), dtype=torch.int64, device=self.device)
         estimates = [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]
-        merged = parts > 1 and not self.model.scales_frozen
+        observing = self.model.observing and not self.model.scales_frozen
+        merged = parts > 1 and observing
         # Sums in float64: shares like 1/3 of equal numbers add up to that number in float32.
         means = [torch.zeros_like(estimate, dtype=torch.float64) for estimate in estimates] if merged else []
-        for part, (low, high) in enumerate(pairwise(bounds)):
-            if merged and part:
+        for index, (low, high) in enumerate(pairwise(bounds)):
+            if merged and index:
                 with torch.no_grad():
                     for buffer, before in zip(self.model.buffers(), buffers, strict=True):
                         buffer.copy_(before)
-            logits = self.model(inputs[low:high])
             share = (high - low) / rows
-            part_loss = share * functional.cross_entropy(
-                logits.flatten(0, -2),
-                targets[low:high].flatten(),
-                label_smoothing=self.config.label_smoothing,
-            )
-            part_loss.backward()  # type: ignore[no-untyped-call]
-            loss += part_loss.detach()
-            if self.metric_name == "accuracy":
-                correct += (logits.detach().argmax(-1) == targets[low:high]).sum()
+            part = inputs[low:high], targets[low:high]
+            if self.device.type == "cuda" and not observing:
+                version = tuple(self.model.scales().values())
+                part_loss, part_correct = self._captured(*part, share, version)
+            else:
+                part_loss, part_correct = self._add_gradients(*part, share)
+            loss += part_loss
+            correct += part_correct
             if merged:
                 for mean, estimate in zip(means, estimates, strict=True):
                     mean.add_(estimate, alpha=share)
@@ -265,6 +267,17 @@ class TrainingRun:
                 for estimate, mean in zip(estimates, means, strict=True):
                     estimate.copy_(mean)
         return loss, correct, stopping
+
+    def _add_gradients(self, inputs: Tensor, targets: Tensor, share: float) -> tuple[Tensor, Tensor]:
+        """Add the gradients of a part of a batch; its share in the loss, and its right answers."""
+        logits = self.model(inputs)
+        loss = share * functional.cross_entropy(
+            logits.flatten(0, -2), targets.flatten(), label_smoothing=self.config.label_smoothing
+        )
+        loss.backward()  # type: ignore[no-untyped-call]
+        classes = self.metric_name == "accuracy"
+        right = logits.detach().argmax(-1) == targets if classes else logits.new_zeros((), dtype=torch.bool)
+        return loss.detach(), right.sum()
 
     def restore_if_not_finite(self) -> None:
         """Go back to the last state worth it if the weights, estimates or moments are no longer finite.

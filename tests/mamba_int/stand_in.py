@@ -25,6 +25,7 @@ class StandIn(nn.Module):
     running: Tensor
     frozen: Tensor
     gradient_checkpointing: bool = False
+    observing: bool = True
     dropout = 0.1
 
     def __init__(self, config: MambaIntConfig, seed: int) -> None:
@@ -41,6 +42,9 @@ class StandIn(nn.Module):
     @property
     def scales_frozen(self) -> bool:
         return bool(self.frozen)
+
+    def scales(self) -> dict[str, int]:
+        return {"running": int(self.frozen)}
 
     def observe(self, inputs: Tensor) -> None:
         self.running.fill_(inputs.float().abs().mean())
@@ -61,7 +65,7 @@ class StandIn(nn.Module):
         else:
             features = inputs.flatten(1).float()
             scale = self.running.clamp_min(0.1)
-            if self.training and not self.scales_frozen:
+            if self.training and self.observing and not self.scales_frozen:
                 self.running.lerp_(features.abs().mean(), 0.02)
             features = features / scale
         return nn.functional.dropout(features, self.dropout, self.training) @ self.weight.T + self.bias

@@ -102,8 +102,8 @@ def random_model(config: MambaIntConfig) -> Graph:
         input_high=config.input_high,
     )
     integers = dict(model.frozen_integers())
-    checkpoint = Checkpoint(config, TrainingConfig(), data, {}, model.state_dict(), integers)
-    return native_graph(checkpoint, "")
+    checkpoint = Checkpoint(config, TrainingConfig(), data, {}, model.state_dict(), integers, sha256="")
+    return native_graph(checkpoint)
 
 
 def main() -> None:

@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
+    from mamba_int.datasets import Tokenizer
+    from mamba_int.generation import Generation
     from mamba_int.graph import Graph
-    from mamba_int.vocabulary import TextStream
+    from mamba_int.text_stream import TextStream
 
 
-def _load(model: Path | None) -> tuple[Graph, Path]:
-    """The graph that is meant, made from its checkpoint if need be, and the file it came from."""
+def _load(model: Path | None, tokenizer_file: Path | None) -> tuple[Graph, Tokenizer]:
+    """The graph that is meant, made from its checkpoint if need be, and what its tokens mean."""
+    from mamba_int.datasets import find_tokenizer
     from mamba_int.errors import MambaintError
     from mamba_int.graph import Graph
     from quantize.latest import CHECKPOINT_FILE, MODEL_FILE, resolve_model
@@ -29,11 +32,20 @@ def _load(model: Path | None) -> tuple[Graph, Path]:
                 "give the folder of a run, or a model",
             )
         path = inside[0]
+    held: Tokenizer | None = None
     if path.suffix == ".safetensors":
-        from quantize.native import quantize_native
+        from mamba_int.training import load_checkpoint
+        from quantize.native import native_graph
 
-        return quantize_native(path), path
-    return Graph.load(path), path
+        checkpoint = load_checkpoint(path)
+        graph, held = native_graph(checkpoint), checkpoint.data.tokenizer
+    else:
+        graph = Graph.load(path)
+    if graph.input.integer("features"):
+        raise MambaintError(f"{path} reads features, not tokens", "give a language model")
+    if held is not None and tokenizer_file is None:
+        return graph, held
+    return graph, find_tokenizer(graph.input.integer("high") + 1, path.parent, tokenizer_file)
 
 
 class _Printer:
@@ -70,6 +82,23 @@ class _Printer:
             self._title()
 
 
+def _results(
+    prompts: list[bytes], prompt_tokens: list[int], streams: list[TextStream], generation: Generation
+) -> list[dict[str, Any]]:
+    """What became of each prompt, as JSON values."""
+    rows = zip(prompts, prompt_tokens, streams, generation.tokens, generation.stopped, strict=True)
+    return [
+        {
+            "prompt": prompt.decode(errors="replace"),
+            "prompt_tokens": count,
+            "text": stream.text,
+            "tokens": tokens,
+            "finish": "stop" if stopped else "length",
+        }
+        for prompt, count, stream, tokens, stopped in rows
+    ]
+
+
 @click.command("generate")
 @click.argument("model", metavar="[MODEL]", required=False, type=click.Path(path_type=Path))
 @click.option("--prompt", "texts", multiple=True, metavar="TEXT", help="A prompt; several are one batch.")
@@ -93,10 +122,10 @@ class _Printer:
     "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the random choices."
 )
 @click.option(
-    "--tokenizer",
+    "--tokenizer-file",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Tokenizer JSON [default: tokenizer.json beside the model, else bytes].",
+    help="A tokenizer.json [default: the checkpoint's own, or the one beside the model, else bytes].",
 )
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, at the end.")
@@ -111,7 +140,7 @@ def command(
     greedy: bool,
     stops: tuple[str, ...],
     seed: int,
-    tokenizer: Path | None,
+    tokenizer_file: Path | None,
     device: str,
     as_json: bool,
 ) -> None:
@@ -128,12 +157,12 @@ def command(
     import torch
 
     from mamba_int.decoder import Decoder
+    from mamba_int.device import resolve_device
     from mamba_int.errors import MambaintError
     from mamba_int.files import read_bytes
     from mamba_int.generation import generate
     from mamba_int.sampling import Sampler, SamplingConfig
-    from mamba_int.training.data_parallel import resolve_device
-    from mamba_int.vocabulary import TextStream, find_vocabulary
+    from mamba_int.text_stream import TextStream
 
     torch.set_num_threads(1)
     prompts = [text.encode() for text in texts] + [read_bytes(path) for path in files]
@@ -141,14 +170,10 @@ def command(
         raise MambaintError("there is nothing to continue", "give --prompt TEXT or --prompt-file FILE")
     config = SamplingConfig(0.0 if greedy else temperature, top_k or 0, 1.0 if top_p is None else top_p, seed)
     chosen = resolve_device(device)
-    graph, path = _load(model)
-    if graph.input.integer("features"):
-        raise MambaintError(f"{path} reads features, not tokens", "give a language model")
-    size = graph.input.integer("high") + 1
-    vocabulary = find_vocabulary(size, tokenizer, [path.parent, path.parent.parent])
-    streams = [TextStream(vocabulary, stops) for _ in prompts]
-    special = {token for stop in stops if (token := vocabulary.special_token(stop)) is not None}
-    encoded = [vocabulary.encode(prompt) for prompt in prompts]
+    graph, tokenizer = _load(model, tokenizer_file)
+    streams = [TextStream(tokenizer, stops) for _ in prompts]
+    special = {token for text, token in tokenizer.special_tokens.items() if text in stops}
+    encoded = [tokenizer.encode(prompt).tolist() for prompt in prompts]
     decoder = Decoder(graph, len(prompts), chosen, cuda_graph=chosen.type == "cuda")
     printer = None if as_json else _Printer(prompts, streams)
 
@@ -167,19 +192,10 @@ def command(
         printer.ended = [True] * len(streams)
         printer.show()
         return
-    rows = zip(prompts, encoded, streams, result.tokens, result.stopped, strict=True)
+    found = _results(prompts, [len(ids) for ids in encoded], streams, result)
     report: dict[str, Any] = {
         "model_id": graph.model_id,
-        "results": [
-            {
-                "prompt": prompt.decode(errors="replace"),
-                "prompt_tokens": len(ids),
-                "text": stream.text,
-                "tokens": tokens,
-                "finish": "stop" if stopped else "length",
-            }
-            for prompt, ids, stream, tokens, stopped in rows
-        ],
+        "results": found,
         "tokens_per_second": round(result.tokens_per_second, 1),
         "prefill_seconds": round(result.prefill_seconds, 4),
         "decode_seconds": round(result.decode_seconds, 4),

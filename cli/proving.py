@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from circuits.circuit import LARGEST_LOGROWS, SMALLEST_LOGROWS
+from cli.terminal import live_console
 
 if TYPE_CHECKING:
     from circuits.circuit import Witness
@@ -77,14 +77,14 @@ def proving_options(function: Callable[..., Any]) -> Callable[..., Any]:
 @contextmanager
 def activity(to_stderr: bool) -> Iterator[Callable[[str], None]]:
     """A live line that says what is being done, where there is a terminal to draw it on."""
-    if not (sys.stderr if to_stderr else sys.stdout).isatty():
+    console = live_console(to_stderr)
+    if console is None:
         yield lambda _: None
         return
-    from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=to_stderr), transient=True) as bar:
+    with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("starting", total=None)
         yield lambda text: bar.update(task, description=text)
 

@@ -58,7 +58,7 @@ def _show(result: dict[str, Any], equality: Equality) -> None:
         ),
         ("widest intermediate", f"{result['max_bits']} bits"),
         ("model id", result["model_id"]),
-        *((name, result[name]) for name in ("model", "onnx", "report")),
+        *((name, result[name]) for name in ("model", "onnx", "tokenizer", "report") if result[name]),
     ]
     width = max(len(label) for label, _ in lines)
     for label, value in lines:
@@ -77,18 +77,18 @@ def _show(result: dict[str, Any], equality: Equality) -> None:
 def command(checkpoint: Path | None, out: Path | None, as_json: bool) -> None:
     """Turn a checkpoint into the integer model that is run and proved.
 
-    CKPT defaults to that of the newest run. Writes model.mint, model.onnx, report.json and report.html;
-    nothing if NumPy, PyTorch and ONNX Runtime disagree in a single integer of any intermediate.
+    CKPT defaults to that of the newest run. Writes model.mint, model.onnx, report.json, report.html and, for
+    tokens of a BPE, tokenizer.json; nothing if NumPy, PyTorch and ONNX Runtime disagree in a single integer
+    of any intermediate.
     """
-    import hashlib
     import time
 
     import torch
 
     from circuits.runtime import runtime_onnx
-    from mamba_int.datasets import load_data
+    from mamba_int.datasets import load_data, save_tokenizer
     from mamba_int.errors import MambaintError
-    from mamba_int.files import read_bytes, write_bytes, write_json
+    from mamba_int.files import write_bytes, write_json
     from mamba_int.training import load_checkpoint
     from quantize.latest import MODEL_FILE, remember_model, resolve_checkpoint
     from quantize.measurement import measure, sample_inputs
@@ -101,7 +101,7 @@ def command(checkpoint: Path | None, out: Path | None, as_json: bool) -> None:
     start = time.perf_counter()
     path = resolve_checkpoint(checkpoint)
     loaded = load_checkpoint(path)
-    graph = native_graph(loaded, hashlib.sha256(read_bytes(path)).hexdigest())
+    graph = native_graph(loaded)
     data = load_data(loaded.data.source)
     if data.fingerprint() != loaded.data.fingerprint:
         raise MambaintError(
@@ -127,6 +127,7 @@ def command(checkpoint: Path | None, out: Path | None, as_json: bool) -> None:
     write_bytes(folder / "model.onnx", onnx)
     write_json(folder / "report.json", report)
     write_bytes(folder / "report.html", page.encode())
+    tokenizer = save_tokenizer(loaded.data.tokenizer, folder)
     graph.save(folder / MODEL_FILE)
     if out is None:
         remember_model(path, folder / MODEL_FILE)
@@ -139,6 +140,7 @@ def command(checkpoint: Path | None, out: Path | None, as_json: bool) -> None:
         f"float_twin_{measurement.metric}": twin,
         "model": str(folder / MODEL_FILE),
         "onnx": str(folder / "model.onnx"),
+        "tokenizer": str(tokenizer) if tokenizer else None,
         "report": str(folder / "report.html"),
         "seconds": round(time.perf_counter() - start, 2),
     }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,21 +10,23 @@ from typing import Literal
 
 import click
 
+from cli.terminal import live_console
+
 _STAGES = {"train": "training the tokenizer", "encode": "tokenizing"}
 
 
 @contextmanager
 def _progress_bar(to_stderr: bool) -> Iterator[Callable[[str, int, int], None] | None]:
     """A live bar where there is a terminal to draw it on; otherwise nothing."""
-    if not (sys.stderr if to_stderr else sys.stdout).isatty():
+    console = live_console(to_stderr)
+    if console is None:
         yield None
         return
-    from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Bar(*columns, console=Console(stderr=to_stderr), transient=True) as bar:
+    with Bar(*columns, console=console, transient=True) as bar:
         task = bar.add_task("", total=None)
 
         def show(stage: str, done: int, total: int) -> None:
@@ -84,9 +85,8 @@ def command(
     if tokenizer_file is not None and tokenizer == "bytes":
         raise MambaintError("--tokenizer-file is for a BPE", "leave it or --tokenizer bytes out")
     with _progress_bar(as_json) as report:
-        written = write_token_file(
-            texts, output, tokenizer or "bpe", vocab_size or 4096, tokenizer_file, report
-        )
+        size = 4096 if vocab_size is None else vocab_size
+        written = write_token_file(texts, output, tokenizer or "bpe", size, tokenizer_file, report)
     tokens, size = sum(written.tokens.values()), sum(written.bytes.values())
     result = {
         "output": str(written.path),

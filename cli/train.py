@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from cli.terminal import live_console
 
 if TYPE_CHECKING:
     from mamba_int.training import Progress, TrainingConfig, TrainingResult
@@ -21,10 +22,10 @@ TWIN_FOLDER = "float-twin"
 @contextmanager
 def _progress_bar(label: str, to_stderr: bool, silent: bool) -> Iterator[Callable[[Progress], None] | None]:
     """A live bar where there is a terminal to draw it on; otherwise nothing."""
-    if silent or not (sys.stderr if to_stderr else sys.stdout).isatty():
+    console = None if silent else live_console(to_stderr)
+    if console is None:
         yield None
         return
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
@@ -35,7 +36,7 @@ def _progress_bar(label: str, to_stderr: bool, silent: bool) -> Iterator[Callabl
         TimeRemainingColumn(),
         TextColumn("{task.fields[numbers]}"),
     )
-    with Bar(*columns, console=Console(stderr=to_stderr), transient=True) as bar:
+    with Bar(*columns, console=console, transient=True) as bar:
         task = bar.add_task(label, total=None, numbers="")
 
         def show(now: Progress) -> None:
@@ -137,9 +138,8 @@ def command(
     from mamba_int.datasets import load_data
     from mamba_int.errors import MambaintError
     from mamba_int.experiment import resolve
-    from mamba_int.files import write_json
     from mamba_int.training import joined, train
-    from quantize.latest import LATEST
+    from quantize.latest import remember_checkpoint
 
     first = True
     try:
@@ -167,7 +167,7 @@ def command(
 
             result = train_as("integer", experiment.training, folder, experiment.name)
             if out is None and first:
-                write_json(LATEST, {"checkpoint": str(result.checkpoint)})
+                remember_checkpoint(result.checkpoint)
             twin_result = None
             if twin:
                 label = f"{experiment.name}, float twin"

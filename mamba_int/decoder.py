@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,11 +22,25 @@ from mamba_int.executor import Executor
 from mamba_int.graph import Graph, IntArray, Node
 from mamba_int.interpreter import check_input
 from mamba_int.operations import OPERATIONS
+from mamba_int.operations.base import recorder
 
 PREFILL_STEPS = 1 << 16
 """Prompts are run together as long as they have no more steps than this, padding included."""
 WARM_UP = 3
 """Eager steps before a CUDA graph is captured: libraries allocate their workspaces in the first ones."""
+
+
+class _Replay(NamedTuple):
+    """A captured step.
+
+    Attributes:
+        step, chunk_end: what to replay.
+        logits: where a replayed step leaves them.
+    """
+
+    step: torch.cuda.CUDAGraph
+    chunk_end: torch.cuda.CUDAGraph
+    logits: Tensor
 
 
 class Decoder:
@@ -67,9 +81,7 @@ class Decoder:
         self._done = _last_reads(graph)
         low, shape = graph.input.integer("low"), graph.types[graph.input.name].shape[1:]
         self._inputs = torch.full((batch, 1, *shape), low, dtype=self._dtype, device=self.device)
-        self._replay: tuple[torch.cuda.CUDAGraph, torch.cuda.CUDAGraph, Tensor] | None = None
-        if cuda_graph:
-            self._replay = self._capture()
+        self._replay = self._capture() if cuda_graph else None
 
     # -- the state ----------------------------------------------------------------------------------------
 
@@ -159,32 +171,25 @@ class Decoder:
         if replay is None:
             logits = self._advance(trace)
         else:
-            replay[0].replay()
-            logits = replay[2].clone()
+            replay.step.replay()
+            logits = replay.logits.clone()
         self._position += 1
-        if self._ended().any():
+        if self._chunk_ended():
             if replay is None:
                 self._end_chunks(trace=trace)
             else:
-                replay[1].replay()
+                replay.chunk_end.replay()
         return logits
 
-    def _ended(self) -> IntArray:
-        """Rows at the end of a chunk of any operation, as the host counts them."""
-        ended = np.zeros(self.batch, np.int64)
-        for chunk in set(self._chunks.values()):
-            ended |= self._position % chunk == 0
-        return ended
+    def _chunk_ended(self) -> bool:
+        """Whether any row is at the end of a chunk of any operation, as the host counts them."""
+        return any((self._position % chunk == 0).any() for chunk in set(self._chunks.values()))
 
     def _advance(self, trace: dict[str, Tensor] | None = None) -> Tensor:
         """The step itself: what a CUDA graph holds."""
 
         def run(node: Node, operands: list[Tensor]) -> Tensor:
-            def record(name: str, value: Any) -> None:
-                if trace is not None:
-                    trace[f"{node.name}.{name}"] = value
-
-            memory = self.state.memories.get(node.name, {})
+            memory, record = self.state.memories.get(node.name, {}), recorder(node, trace)
             value = OPERATIONS[node.op].execute_step(node, operands, memory, self.state.position, record)
             if trace is not None:
                 trace[node.name] = value
@@ -198,16 +203,11 @@ class Decoder:
         """Bring ``rows``, bool [batch] or all, over the ends of the chunks they have just filled."""
         for node in self._nodes:
             if node.name in self._chunks:
-
-                def record(name: str, value: Any, prefix: str = node.name) -> None:
-                    if trace is not None:
-                        trace[f"{prefix}.{name}"] = value
-
                 ended = self.state.position % self._chunks[node.name] == 0
                 if rows is not None:
                     ended &= rows
                 memory = self.state.memories[node.name]
-                OPERATIONS[node.op].execute_chunk_end(node, memory, ended, record)
+                OPERATIONS[node.op].execute_chunk_end(node, memory, ended, recorder(node, trace))
 
     def _walk(self, inputs: Tensor, run: Callable[[Node, list[Tensor]], Tensor]) -> Tensor:
         """Every node in its order, forgetting what no later one reads; the value of the output."""
@@ -220,19 +220,19 @@ class Decoder:
         return values[self.graph.output]
 
     @torch.inference_mode()
-    def _capture(self) -> tuple[torch.cuda.CUDAGraph, torch.cuda.CUDAGraph, Tensor]:
-        """Capture a step and the end of a chunk; the third is where a replayed step leaves its logits."""
-        step, end = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+    def _capture(self) -> _Replay:
+        """Capture a step and the end of a chunk, and start anew."""
+        step, chunk_end = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with torch.cuda.device(self.device):
             for _ in range(WARM_UP):
                 self._advance()
                 self._end_chunks()
             with torch.cuda.graph(step):
                 logits = self._advance()
-            with torch.cuda.graph(end, pool=step.pool()):
+            with torch.cuda.graph(chunk_end, pool=step.pool()):
                 self._end_chunks()
         self.reset()
-        return step, end, logits
+        return _Replay(step, chunk_end, logits)
 
     # -- prompts ------------------------------------------------------------------------------------------
 
@@ -266,37 +266,31 @@ class Decoder:
         lengths = np.array([len(prompt) for prompt in checked], np.int64)
         self.state.require_room(int(lengths.max()))
         self.reset(chosen)
-        logits: list[Tensor] = [self._inputs] * len(checked)
+        logits: dict[int, Tensor] = {}
         for group in _groups(lengths):
-            self._prefill_group(checked, lengths, chosen, group, logits)
+            found = self._prefill_group([checked[i] for i in group], [chosen[i] for i in group])
+            logits.update(zip(group, found, strict=True))
         started = torch.zeros(self.batch, dtype=torch.bool, device=self.device)
         started[chosen] = True
         self._position[chosen] = lengths
         self.state.position[chosen] = torch.from_numpy(lengths).to(self.device)
         self._end_chunks(started)
-        return torch.stack(logits)
+        return torch.stack([logits[i] for i in range(len(checked))])
 
-    def _prefill_group(
-        self,
-        prompts: list[IntArray],
-        lengths: IntArray,
-        rows: list[int],
-        group: list[int],
-        logits: list[Tensor],
-    ) -> None:
-        """Run the prompts with indices in ``group`` together; fill their ``rows`` and their ``logits``."""
-        padded = np.full(
-            (len(group), int(lengths[group].max()), *prompts[0].shape[1:]), self.graph.input.integer("low")
-        )
-        for i, index in enumerate(group):
-            padded[i, : lengths[index]] = prompts[index]
+    def _prefill_group(self, prompts: list[IntArray], rows: list[int]) -> list[Tensor]:
+        """Run prompts together and enter what they leave into their ``rows``; the logits after each."""
+        lengths = np.array([len(prompt) for prompt in prompts])
+        shape = len(prompts), int(lengths.max()), *prompts[0].shape[1:]
+        padded = np.full(shape, self.graph.input.integer("low"))
+        for i, prompt in enumerate(prompts):
+            padded[i, : len(prompt)] = prompt
         by_length = [
             (
                 int(length),
-                torch.from_numpy(np.flatnonzero(lengths[group] == length)).to(self.device),
-                torch.tensor([rows[i] for i in group if lengths[i] == length], device=self.device),
+                torch.from_numpy(np.flatnonzero(lengths == length)).to(self.device),
+                torch.from_numpy(np.array(rows)[lengths == length]).to(self.device),
             )
-            for length in np.unique(lengths[group])
+            for length in np.unique(lengths)
         ]
 
         def run(node: Node, operands: list[Tensor]) -> Tensor:
@@ -309,8 +303,7 @@ class Decoder:
             return value
 
         values = self._walk(torch.from_numpy(padded).to(self.device, self._dtype), run)
-        for i, index in enumerate(group):
-            logits[index] = values[i, lengths[index] - 1].long()
+        return [values[i, length - 1].long() for i, length in enumerate(lengths.tolist())]
 
 
 def _groups(lengths: IntArray) -> list[list[int]]:

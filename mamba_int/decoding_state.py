@@ -14,7 +14,7 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from mamba_int.errors import MambaintError
-from mamba_int.files import canonical_json, read_bytes, write_bytes
+from mamba_int.files import canonical_json, parse_json, read_bytes, write_bytes
 from mamba_int.graph import Graph, IntArray
 from mamba_int.operations import OPERATIONS
 from mamba_int.operations.base import Memory
@@ -24,7 +24,7 @@ VERSION = 1
 _REMEDY = "give a state saved while decoding this model"
 
 
-def initial_memories(graph: Graph) -> dict[str, dict[str, IntArray]]:
+def _initial_memories(graph: Graph) -> dict[str, dict[str, IntArray]]:
     """What every operation remembers before the first step, of one sequence: node -> name -> int64 array.
 
     Raises:
@@ -72,7 +72,7 @@ class DecodingState:
         Raises:
             MambaintError: for a graph that is not causal.
         """
-        initial = initial_memories(graph)
+        initial = _initial_memories(graph)
         memories: dict[str, Memory] = {
             node: {name: np.repeat(value[None], batch, 0) for name, value in memory.items()}
             for node, memory in initial.items()
@@ -165,9 +165,10 @@ class DecodingState:
         try:
             tensors = load_tensors(content)
             header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-            document = json.loads(header["__metadata__"]["mambaint"])
+            text = header["__metadata__"]["mambaint"]
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
             raise MambaintError(f"{path} is not a decoding state, or is truncated", _REMEDY) from error
+        document = parse_json(text.encode(), f"the description in {path}")
         if document != {"format": FORMAT, "version": VERSION, "model_id": graph.model_id}:
             raise MambaintError(
                 f"{path} is not a decoding state of the model {graph.model_id[:16]}...", _REMEDY
@@ -177,11 +178,13 @@ class DecodingState:
             raise MambaintError(f"{path} has no positions", _REMEDY)
         state = cls.of(graph, len(position))
         state.position[:] = position
+        limit = 1 << graph.max_bits
         for node, memory in state.memories.items():
             for name, value in memory.items():
                 found = tensors.pop(f"{node}:{name}", np.zeros(()))
                 fits = found.shape == value.shape and found.dtype == np.int64
-                if not fits or (np.abs(found) > 1 << graph.max_bits).any():
+                # Not by the absolute value: that of -2^63 is itself.
+                if not fits or ((found < -limit) | (found > limit)).any():
                     raise MambaintError(f"{path} has no usable '{name}' of '{node}'", _REMEDY)
                 value[:] = found
         if tensors:

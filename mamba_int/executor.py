@@ -5,40 +5,129 @@ Training runs it too, with constants that are still being learned; see ``mamba_i
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import groupby
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from mamba_int.graph import Graph, Node
 from mamba_int.operations import OPERATIONS
+from mamba_int.operations.base import recorder
+
+Values = dict[str, Tensor]
+Run = Callable[[Values, dict[str, Node]], None]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One kernel, or one node by itself.
+
+    Attributes:
+        nodes: names of the nodes it computes, in order.
+        run: reads and writes the values by name; gets the nodes by name, for their constants.
+    """
+
+    nodes: tuple[str, ...]
+    run: Run
+
+
+def execute_plan(
+    steps: Iterable[Step], nodes: Sequence[Node], inputs: Tensor, gradient_checkpointing: bool = False
+) -> Values:
+    """Run a plan; return the values that it wrote, by node name.
+
+    Args:
+        steps: computing nodes with these names and attributes, in order.
+        nodes: with the constants to use: float tensors, weights narrow.
+        inputs: integers [batch, T, ...], as floats.
+        gradient_checkpointing: the steps of each layer (nodes ``layer.name``) keep for the backward pass only
+            what they read of others, and run once more in it (Chen et al. 2016, arXiv 1604.06174). Of the
+            values inside a layer only those that others read are returned.
+    """
+    by_name = {node.name: node for node in nodes}
+    values: Values = {node.name: inputs for node in nodes if node.op == "input"}
+    if gradient_checkpointing:
+        _execute_layers(steps, by_name, values)
+    else:
+        for step in steps:
+            step.run(values, by_name)
+    return values
+
+
+def _execute_layers(steps: Iterable[Step], by_name: dict[str, Node], values: Values) -> None:
+    """Run the steps of each layer as one function of the values it reads; enter those that others read."""
+    groups = [(layer, list(group)) for layer, group in groupby(steps, _layer)]
+    place = {name: i for i, (_, group) in enumerate(groups) for step in group for name in step.nodes}
+    crossing = {
+        source for name, node in by_name.items() for source in node.inputs if place[source] != place[name]
+    }
+    for i, (layer, group) in enumerate(groups):
+        if not layer:
+            for step in group:
+                step.run(values, by_name)
+            continue
+        inside = [name for step in group for name in step.nodes]
+        read = dict.fromkeys(
+            source for name in inside for source in by_name[name].inputs if place[source] != i
+        )
+        results = [name for name in inside if name in crossing]
+        run = partial(_run_layer, group, by_name, list(read), results)
+        operands = [values[source] for source in read]
+        # Nothing in a graph is random.
+        found = checkpoint(run, *operands, use_reentrant=False, preserve_rng_state=False)
+        values.update(zip(results, found, strict=True))
+
+
+def _run_layer(
+    steps: list[Step], by_name: dict[str, Node], sources: list[str], results: list[str], *operands: Tensor
+) -> list[Tensor]:
+    """The values ``results`` from those of ``sources``."""
+    values = dict(zip(sources, operands, strict=True))
+    for step in steps:
+        step.run(values, by_name)
+    return [values[name] for name in results]
+
+
+def _layer(step: Step) -> str:
+    layer, dot, _ = step.nodes[0].partition(".")
+    return layer if dot else ""
 
 
 def execute_nodes(
-    nodes: Iterable[Node],
+    nodes: Sequence[Node],
     inputs: Tensor,
     trace: dict[str, Tensor] | None = None,
     rounding: bool = True,
-) -> dict[str, Tensor]:
-    """Run nodes whose constants are float tensors; return every tensor by node name.
+    observe: Callable[[str, Tensor], None] | None = None,
+    gradient_checkpointing: bool = False,
+) -> Values:
+    """Run nodes one by one; return their tensors by node name.
 
     Args:
-        nodes: in order of use.
+        nodes: in order of use; their constants are float tensors.
         inputs: integer-valued floats [batch, T, ...].
-        trace: if given, receives the intermediates inside operations as ``node.intermediate``.
+        trace: if given, receives the tensors that are returned, and the intermediates inside operations as
+            ``node.intermediate``.
         rounding: False for the float twin.
+        observe: if given, told every tensor by node name when it is computed, also in the backward pass.
+        gradient_checkpointing: as in :func:`execute_plan`.
     """
-    values: dict[str, Tensor] = {}
-    for node in nodes:
 
-        def record(name: str, value: Any, prefix: str = node.name) -> None:
-            if trace is not None:
-                trace[f"{prefix}.{name}"] = value
+    def step(node: Node) -> Step:
+        def run(values: Values, by_name: dict[str, Node]) -> None:
+            operands = [values[name] for name in (node.inputs or (node.name,))]
+            value = OPERATIONS[node.op].execute(node, operands, recorder(node, trace), rounding)
+            values[node.name] = value
+            if observe is not None:
+                observe(node.name, value)
 
-        operands = [inputs] if node.op == "input" else [values[name] for name in node.inputs]
-        values[node.name] = OPERATIONS[node.op].execute(node, operands, record, rounding)
+        return Step((node.name,), run)
+
+    values = execute_plan([step(node) for node in nodes], nodes, inputs, gradient_checkpointing)
     if trace is not None:
         trace.update(values)
     return values

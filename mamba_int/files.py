@@ -60,6 +60,20 @@ def write_json(path: Path, value: Any, mode: int = 0o644) -> None:
     write_bytes(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode(), mode)
 
 
+def remove(path: Path) -> None:
+    """Remove a file if it is there.
+
+    Raises:
+        MambaintError: if it cannot be removed.
+    """
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise MambaintError(
+            f"cannot remove {path}: {error.strerror or error}", "choose a writable folder"
+        ) from error
+
+
 def canonical_json(value: Any) -> bytes:
     """The one byte string for a JSON value: sorted keys, no spaces, ASCII, no NaN."""
     return json.dumps(

@@ -8,12 +8,11 @@ Values inside a fused run are never written: to see every intermediate, run the 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from torch import Tensor
-
+from mamba_int.executor import Step, Values
 from mamba_int.graph import Node
 from mamba_int.operations import OPERATIONS
 from mamba_int.operations.norm import Norm
@@ -25,9 +24,6 @@ from triton_kernels.narrow import NARROW, narrow_dtype
 from triton_kernels.norm import Ladder, norm_requantize
 from triton_kernels.rotate import rotate
 from triton_kernels.ssd import SsdScales
-
-Values = dict[str, Tensor]
-Run = Callable[[Values, dict[str, Node]], None]
 
 
 class Requantization(NamedTuple):
@@ -46,19 +42,6 @@ class Requantization(NamedTuple):
     relu: bool
     result: str
     nodes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Step:
-    """One kernel, or one node by itself.
-
-    Attributes:
-        nodes: names of the nodes it computes, in order.
-        run: reads and writes the values by name; gets the nodes by name, for their constants.
-    """
-
-    nodes: tuple[str, ...]
-    run: Run
 
 
 @dataclass
@@ -352,18 +335,3 @@ class _Planner:
 def plan(nodes: Sequence[Node]) -> list[Step]:
     """The steps that compute ``nodes``, in an order that respects their inputs."""
     return _Planner(nodes).plan()
-
-
-def execute_plan(steps: Iterable[Step], nodes: Sequence[Node], inputs: Tensor) -> Values:
-    """Run a plan; return the values that it wrote, by node name.
-
-    Args:
-        steps: what :func:`plan` made of nodes with these names and attributes.
-        nodes: with the constants to use: float tensors, weights narrow.
-        inputs: integers [batch, T, ...], float32.
-    """
-    by_name = {node.name: node for node in nodes}
-    values: Values = {node.name: inputs for node in nodes if node.op == "input"}
-    for step in steps:
-        step.run(values, by_name)
-    return values

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -12,7 +11,7 @@ from mamba_int.decoding_state import DecodingState
 from mamba_int.errors import MambaintError
 from mamba_int.graph import Graph, IntArray, Node
 from mamba_int.operations import OPERATIONS
-from mamba_int.operations.base import Record
+from mamba_int.operations.base import Record, recorder
 
 
 def check_input(graph: Graph, values: ArrayLike) -> IntArray:
@@ -102,17 +101,9 @@ def evaluate_step(
         if chunk is not None:
             ended = state.position % chunk == 0
             if ended.any():
-                record = _recorder(node, trace)
+                record = recorder(node, trace)
                 OPERATIONS[node.op].evaluate_chunk_end(node, state.memories[node.name], ended, record)
     return logits
-
-
-def _recorder(node: Node, trace: dict[str, IntArray] | None) -> Record:
-    def record(name: str, value: Any) -> None:
-        if trace is not None:
-            trace[f"{node.name}.{name}"] = value
-
-    return record
 
 
 def _walk(
@@ -125,7 +116,7 @@ def _walk(
     values: dict[str, IntArray] = {}
     for node in graph.nodes:
         operands = [inputs] if node.op == "input" else [values[name] for name in node.inputs]
-        values[node.name] = run(node, operands, _recorder(node, trace))
+        values[node.name] = run(node, operands, recorder(node, trace))
     if trace is not None:
         trace.update(values)
     return values[graph.output]

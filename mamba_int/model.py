@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mamba_int.config import MambaIntConfig
-from mamba_int.executor import execute_nodes
+from mamba_int.executor import Values, execute_nodes, execute_plan
 from mamba_int.native import (
     BIAS_LIMIT,
     MAX_FRAC,
@@ -58,7 +58,9 @@ class MambaInt(nn.Module):
     fracs: Tensor
     frozen: Tensor
     gradient_checkpointing: bool = False
+    """Whether the inside of every layer is computed anew in the backward pass instead of kept."""
     observing: bool = True
+    """Whether forwards update the estimates behind the scales."""
 
     def __init__(self, config: MambaIntConfig, seed: int = 0) -> None:
         super().__init__()
@@ -231,13 +233,10 @@ class MambaInt(nn.Module):
             self.statistics[i] = mean if form == "ternary" else weight.pow(2).mean().sqrt() * (4 / 127)
 
     @torch.no_grad()
-    def _observe_activations(self, built: NativeNodes, values: dict[str, Tensor]) -> None:
+    def _observe_activations(self, built: NativeNodes, mean_squares: Values) -> None:
         fracs = {node.name: node.frac for node in built.nodes}
-        squares = []
-        for name in self.activation_scales:
-            source = built.observed[name]
-            squares.append(values[source].detach().pow(2).mean() * 4.0 ** -fracs[source])
-        now = torch.stack(squares)
+        sources = [built.observed[name] for name in self.activation_scales]
+        now = torch.stack([mean_squares[source] * 4.0 ** -fracs[source] for source in sources])
         running = self.statistics[len(self.weight_scales) :]
         running.copy_(torch.where(running < 0, now, SCALE_MEMORY * running + (1 - SCALE_MEMORY) * now))
 
@@ -276,8 +275,7 @@ class MambaInt(nn.Module):
         """First estimate of all static scales, from one unrounded forward over ``inputs``."""
         self._observe_weights()
         self._update_fracs()
-        built, values = self._run(inputs, rounding=False)
-        self._observe_activations(built, values)
+        self._run(inputs, rounding=False, learning=True)
         self._update_fracs()
 
     def freeze_scales(self) -> None:
@@ -287,17 +285,36 @@ class MambaInt(nn.Module):
     # -- forward -----------------------------------------------------------------------------------------
 
     def _run(
-        self, inputs: Tensor, rounding: bool, trace: dict[str, Tensor] | None = None
-    ) -> tuple[NativeNodes, dict[str, Tensor]]:
+        self, inputs: Tensor, rounding: bool, learning: bool, trace: dict[str, Tensor] | None = None
+    ) -> Tensor:
+        """Real-valued logits; when ``learning``, updates the estimates behind the scales."""
         built = build_nodes(self.config, self.scales(), self.constant)
-        dtype = self.latent["logits/bias"].dtype
+        inputs = inputs.to(self.latent["logits/bias"].dtype)
+        sources = set(built.observed.values()) if learning else set()
+        mean_squares: Values = {}
+
+        def observe(name: str, value: Tensor) -> None:
+            # What is computed anew in the backward pass has been seen.
+            if name in sources and name not in mean_squares:
+                mean_squares[name] = value.detach().pow(2).mean()
+
         fused = inputs.is_cuda if self.fused is None else self.fused
         if fused and rounding and trace is None:
             # Imported late: there is no Triton but on Linux.
-            from mamba_int.fusion import execute_plan, plan
+            from mamba_int.fusion import plan
 
-            return built, execute_plan(plan(built.nodes), built.nodes, inputs.to(dtype))
-        return built, execute_nodes(built.nodes, inputs.to(dtype), trace, rounding)
+            values = execute_plan(plan(built.nodes), built.nodes, inputs, self.gradient_checkpointing)
+            if learning:
+                # A fused run does not write what it rounds: a few sequences, node by node, show it.
+                with torch.no_grad():
+                    few = max(1, OBSERVED_TOKENS // inputs.shape[1])
+                    execute_nodes(built.nodes, inputs[:few], observe=observe)
+        else:
+            checkpointing = self.gradient_checkpointing and trace is None
+            values = execute_nodes(built.nodes, inputs, trace, rounding, observe, checkpointing)
+        if learning:
+            self._observe_activations(built, mean_squares)
+        return values[built.output] * 2.0 ** -built.nodes[-1].frac
 
     def forward(self, inputs: Tensor, trace: dict[str, Tensor] | None = None) -> Tensor:
         """Real-valued logits.
@@ -313,16 +330,7 @@ class MambaInt(nn.Module):
         if learning:
             self._observe_weights()
             self._update_fracs()
-        built, values = self._run(inputs, self.exact, trace)
-        if learning:
-            seen = values
-            if not set(built.observed.values()) <= values.keys():
-                # A fused run does not write what it rounds: a few sequences, node by node, show it.
-                with torch.no_grad():
-                    few = max(1, OBSERVED_TOKENS // inputs.shape[1])
-                    seen = execute_nodes(built.nodes, inputs[:few].to(values[built.output].dtype))
-            self._observe_activations(built, seen)
-        return values[built.output] * 2.0 ** -built.nodes[-1].frac
+        return self._run(inputs, self.exact, learning, trace)
 
     @torch.no_grad()
     def frozen_integers(self) -> dict[str, Tensor]:

@@ -31,6 +31,11 @@ def resolve_model(path: Path | None) -> Path:
     return _resolve(path, "model", MODEL_FILE, "make one with 'mambaint quantize', or give its path")
 
 
+def remember_checkpoint(checkpoint: Path) -> None:
+    """Make this the newest run, one without a model yet."""
+    write_json(LATEST, {"checkpoint": str(checkpoint)})
+
+
 def remember_model(checkpoint: Path, model: Path) -> None:
     """Make this the newest run."""
     write_json(LATEST, {"checkpoint": str(checkpoint), "model": str(model)})

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mamba_int.config import MambaIntConfig
 from mamba_int.errors import MambaintError
-from mamba_int.files import read_bytes
 from mamba_int.graph import Graph, IntArray
 from mamba_int.native import activation_names, build_nodes, weight_names
 from mamba_int.passes import optimize
@@ -30,16 +28,11 @@ def quantize_native(checkpoint: Path) -> Graph:
     """
     from mamba_int.training import load_checkpoint
 
-    digest = hashlib.sha256(read_bytes(checkpoint, _REMEDY)).hexdigest()
-    return native_graph(load_checkpoint(checkpoint), digest)
+    return native_graph(load_checkpoint(checkpoint))
 
 
-def native_graph(checkpoint: Checkpoint, sha256: str) -> Graph:
+def native_graph(checkpoint: Checkpoint) -> Graph:
     """Make the integer graph of a checkpoint.
-
-    Args:
-        checkpoint: as loaded.
-        sha256: hex digest of its file, for the card.
 
     Returns:
         The optimized graph, verified to stay inside 24 bits.
@@ -73,7 +66,7 @@ def native_graph(checkpoint: Checkpoint, sha256: str) -> Graph:
     if unused:
         raise MambaintError(f"the checkpoint has integers '{unused[0]}' its configuration lacks", _REMEDY)
     logits_frac = next(node.frac for node in built.nodes if node.name == built.output)
-    card = _card(checkpoint, sha256, logits_frac)
+    card = _card(checkpoint, logits_frac)
     graph = optimize(Graph(tuple(built.nodes), built.output, config.seq_len, card), MAX_BITS)
     found = graph.types[graph.output].shape[-1]
     if found != config.n_outputs:
@@ -95,17 +88,18 @@ def _scales(config: MambaIntConfig, state: Mapping[str, Any]) -> dict[str, int]:
     return {name: int(frac) for name, frac in zip(names, fracs.tolist(), strict=True)}
 
 
-def _card(checkpoint: Checkpoint, sha256: str, logits_frac: int) -> dict[str, Any]:
+def _card(checkpoint: Checkpoint, logits_frac: int) -> dict[str, Any]:
     """What goes with the model, as JSON values; part of its id."""
     config, data = checkpoint.model_config, checkpoint.data
     classes = list(data.class_names)
     if config.task == "classification":
         consistent = len(classes) == config.n_classes and len(data.feature_offset) == config.n_features
-        if not consistent:
-            raise MambaintError("the checkpoint's data does not fit its configuration", _REMEDY)
         shape = f"{config.seq_len} steps of {config.n_features} features"
     else:
+        consistent = data.tokenizer is not None and data.tokenizer.vocab_size == config.vocab_size
         shape = f"{config.seq_len} token ids"
+    if not consistent:
+        raise MambaintError("the checkpoint's data does not fit its configuration", _REMEDY)
     return {
         "task": config.task,
         "classes": classes,
@@ -117,7 +111,7 @@ def _card(checkpoint: Checkpoint, sha256: str, logits_frac: int) -> dict[str, An
             "feature_scale": list(data.feature_scale),
         },
         "dataset": {"name": data.name, "fingerprint": data.fingerprint},
-        "checkpoint_sha256": sha256,
+        "checkpoint_sha256": checkpoint.sha256,
         "logits_frac": logits_frac,
         "config": config.to_dict(),
     }

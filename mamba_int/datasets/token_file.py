@@ -175,13 +175,8 @@ def write_token_file(
         chosen = BYTES
     else:
         places = [corpus.character_start(place) for place in places]
-        if tokenizer_file is None:
-            training = corpus.pieces(places[0], places[1])
-            chosen = train_bpe(_counted(training, report, "train", 0, places[1]), vocab_size)
-        elif tokenizer_file.suffix == ".tokens":
-            chosen = load_token_file(tokenizer_file).tokenizer
-        else:
-            chosen = load_bpe(tokenizer_file)
+        training = _counted(corpus.pieces(places[0], places[1]), report, "train", 0, places[1])
+        chosen = train_bpe(training, vocab_size) if tokenizer_file is None else _bpe_of(tokenizer_file)
     dtype = np.dtype(_dtype(chosen.vocab_size)).newbyteorder("<")
     digest = hashlib.sha256()
     splits: dict[str, dict[str, int]] = {}
@@ -212,6 +207,10 @@ def write_token_file(
         )
     sizes = {split: counts["bytes"] for split, counts in splits.items()}
     return TokenFileSummary(output, chosen.vocab_size, tokens, sizes, chosen.digest)
+
+
+def _bpe_of(path: Path) -> Tokenizer:
+    return load_token_file(path).tokenizer if path.suffix == ".tokens" else load_bpe(path)
 
 
 def _dtype(vocab_size: int) -> type[np.unsignedinteger[Any]]:

@@ -7,6 +7,7 @@ exactly whatever the vocabulary, and decoding needs no library.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,11 +18,15 @@ import numpy as np
 import numpy.typing as npt
 
 from mamba_int.errors import MambaintError
-from mamba_int.files import canonical_json, parse_json, read_json
+from mamba_int.files import canonical_json, parse_json, read_json, remove, write_bytes
+
+TOKENIZER_FILE = "tokenizer.json"
+"""Name of a tokenizer's file in the folder of a run and beside a model."""
 
 SMALLEST_VOCABULARY = 256
 """Byte-level BPE has a token for every byte."""
 LARGEST_VOCABULARY = 1 << 20
+_NOT_UTF8_REMEDY = "give a text in UTF-8, or tokenize with --tokenizer bytes"
 
 IntArray = npt.NDArray[np.int64]
 
@@ -83,6 +88,12 @@ class Tokenizer:
         return tuple(by_id[number] for number in range(len(by_id)))
 
     @property
+    def special_tokens(self) -> dict[str, int]:
+        """Ids of the tokens that mark something, such as the end of a text, by their own text."""
+        added = self.definition.get("added_tokens", [])
+        return {token["content"]: token["id"] for token in added if token.get("special")}
+
+    @property
     def vocab_size(self) -> int:
         """Number of tokens."""
         return len(self.pieces)
@@ -105,7 +116,7 @@ class Tokenizer:
             decoded = text.decode()
         except UnicodeDecodeError as error:
             raise MambaintError(
-                f"the text is not UTF-8 ({error.reason} at byte {error.start})", "use --tokenizer bytes"
+                f"the text is not UTF-8 ({error.reason} at byte {error.start})", _NOT_UTF8_REMEDY
             ) from error
         ids = np.array(self._library.encode(decoded, add_special_tokens=False).ids, dtype=np.int64)
         if int(self.lengths[ids].sum()) != len(text):
@@ -179,7 +190,7 @@ def _tokenizers() -> Any:
         import tokenizers
     except ImportError as error:
         raise MambaintError(
-            "byte-pair encoding needs the tokenizers library", "pip install tokenizers, or --tokenizer bytes"
+            "byte-pair encoding needs the tokenizers library", "pip install tokenizers"
         ) from error
     return tokenizers
 
@@ -216,7 +227,7 @@ def train_bpe(texts: Iterator[bytes], vocab_size: int) -> Tokenizer:
                 yield text.decode()
             except UnicodeDecodeError as error:
                 # The library would swallow an exception of the iterator.
-                fault.append(MambaintError(f"the text is not UTF-8 ({error})", "use --tokenizer bytes"))
+                fault.append(MambaintError(f"the text is not UTF-8 ({error})", _NOT_UTF8_REMEDY))
                 return
 
     trained.train_from_iterator(decoded(), trainer)
@@ -234,3 +245,49 @@ def load_bpe(path: Path) -> Tokenizer:
     """
     definition = read_json(path, "give the path of a tokenizer.json")
     return Tokenizer.from_dict({"kind": "bpe", "definition": definition}, str(path))
+
+
+def save_tokenizer(tokenizer: Tokenizer | None, folder: Path) -> Path | None:
+    """Write the ``tokenizer.json`` of a BPE into a folder; return its path.
+
+    For bytes and for what is no text there is none: one that was left by an earlier model is removed.
+
+    Raises:
+        MambaintError: if the folder cannot be written.
+    """
+    path = folder / TOKENIZER_FILE
+    if tokenizer is None or tokenizer.kind == "bytes":
+        remove(path)
+        return None
+    write_bytes(path, canonical_json(tokenizer.definition))
+    return path
+
+
+def find_tokenizer(vocab_size: int, folder: Path, path: Path | None = None) -> Tokenizer:
+    """The tokenizer of a model.
+
+    Args:
+        vocab_size: the model's tokens.
+        folder: where the model lies, perhaps with a ``tokenizer.json``; without one the tokens are bytes.
+        path: a ``tokenizer.json`` to use instead.
+
+    Raises:
+        MambaintError: if the tokens are not bytes and there is no file, or its tokenizer has another number
+            of tokens; those of :func:`load_bpe`.
+    """
+    beside = folder / TOKENIZER_FILE
+    if path is None and not os.path.exists(beside):
+        if vocab_size == BYTES.vocab_size:
+            return BYTES
+        raise MambaintError(
+            f"the model has {vocab_size} tokens, not bytes, and no {TOKENIZER_FILE} lies beside it",
+            "give --tokenizer-file FILE",
+        )
+    chosen = beside if path is None else path
+    tokenizer = load_bpe(chosen)
+    if tokenizer.vocab_size != vocab_size:
+        raise MambaintError(
+            f"{chosen} has {tokenizer.vocab_size} tokens, the model {vocab_size}",
+            "give the tokenizer of the model's training",
+        )
+    return tokenizer

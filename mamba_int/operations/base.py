@@ -20,6 +20,16 @@ Memory = dict[str, Any]
 """What an operation remembers from step to step: arrays or tensors [batch, ...] by name, updated in place."""
 
 
+def recorder(node: Node, trace: dict[str, Any] | None) -> Record:
+    """Enters the intermediates of a node into a trace, if there is one, as ``node.intermediate``."""
+
+    def record(name: str, value: Any) -> None:
+        if trace is not None:
+            trace[f"{node.name}.{name}"] = value
+
+    return record
+
+
 class Operation(ABC):
     """One operation of the integer graph; the closed set is ``mamba_int.operations.OPERATIONS``."""
 

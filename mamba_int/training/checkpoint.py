@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from torch import Tensor
 from mamba_int.config import MambaIntConfig
 from mamba_int.datasets import ClassificationData, DataSource, TextData, Tokenizer
 from mamba_int.errors import MambaintError
+from mamba_int.files import read_bytes
 from mamba_int.training.config import TrainingConfig
 from mamba_int.training.container import read_container, require_keys, write_container
 
@@ -137,6 +139,7 @@ class Checkpoint:
         results: measured numbers by name, such as ``test_accuracy``.
         model_state: for ``model.load_state_dict``.
         integers: the frozen integers, int64, by name; empty for a float twin.
+        sha256: hex digest of the file.
     """
 
     model_config: MambaIntConfig
@@ -145,6 +148,7 @@ class Checkpoint:
     results: dict[str, float]
     model_state: dict[str, Tensor]
     integers: dict[str, Tensor]
+    sha256: str
 
 
 def save_checkpoint(
@@ -156,7 +160,7 @@ def save_checkpoint(
     model_state: Mapping[str, Tensor],
     integers: Mapping[str, Tensor],
 ) -> None:
-    """Write a checkpoint atomically; the arguments are the fields of :class:`Checkpoint`.
+    """Write a checkpoint atomically; the arguments are fields of :class:`Checkpoint`.
 
     Raises:
         MambaintError: if ``path`` cannot be written.
@@ -210,4 +214,5 @@ def load_checkpoint(path: Path) -> Checkpoint:
         results,
         model_state,
         integers,
+        hashlib.sha256(read_bytes(path, _REMEDY)).hexdigest(),
     )

@@ -107,9 +107,15 @@ class TrainingConfig:
             "checkpoint_every",
         ):
             need(getattr(self, key) >= 1, key, "give a positive integer")
-        for key in ("steps", "epochs", "warmup_steps", "validate_every", "threads"):
-            need(getattr(self, key) >= 0, key, "give 0 or more")
-        for key in ("shift_augmentation", "noise_augmentation"):
+        for key in (
+            "steps",
+            "epochs",
+            "warmup_steps",
+            "shift_augmentation",
+            "noise_augmentation",
+            "validate_every",
+            "threads",
+        ):
             need(getattr(self, key) >= 0, key, "give 0 or more")
         need(self.steps > 0 or self.epochs > 0, "epochs", "give steps or epochs above 0")
         need(0 <= self.seed < 2**63, "seed", "give an integer from 0 to 2^63 - 1")

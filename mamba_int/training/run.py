@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from mamba_int.config import MambaIntConfig
-from mamba_int.datasets import ClassificationData, DataSource, TextData
+from mamba_int.datasets import ClassificationData, DataSource, TextData, save_tokenizer
 from mamba_int.errors import MambaintError
+from mamba_int.files import remove
 from mamba_int.training.batches import make_batches
 from mamba_int.training.captured import CapturedBackward
 from mamba_int.training.checkpoint import DataDescription, load_checkpoint, save_checkpoint
@@ -123,7 +124,7 @@ class TrainingRun:
         with self.ranks.agreed():
             if restart and self.ranks.first:
                 for name in (STATE_FILE, METRICS_FILE, CHECKPOINT_FILE, LAST_FILE, PLOT_FILE):
-                    _remove(self.folder / name)
+                    remove(self.folder / name)
         with self.ranks.agreed():
             # Unlike Path.exists this does not raise where the folder may not be searched; saving will say so.
             resumed = os.path.exists(state_path)
@@ -138,6 +139,7 @@ class TrainingRun:
             if not resumed:
                 self.save()
             if self.ranks.first:
+                save_tokenizer(self.description.tokenizer, self.folder)
                 truncate_metrics(self.folder / METRICS_FILE, self.progress.step)
         return resumed
 
@@ -417,12 +419,3 @@ class TrainingRun:
 
 def _tensors(model: TrainableModel) -> list[Tensor]:
     return [*model.parameters(), *model.buffers()]
-
-
-def _remove(path: Path) -> None:
-    try:
-        path.unlink(missing_ok=True)
-    except OSError as error:
-        raise MambaintError(
-            f"cannot remove {path}: {error.strerror or error}", "choose a writable folder"
-        ) from error

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from mamba_int.config import MambaIntConfig
 from mamba_int.datasets import ClassificationData, DataSource, TextData
+from mamba_int.device import resolve_device
 from mamba_int.errors import MambaintError
 from mamba_int.training.config import TrainingConfig
-from mamba_int.training.data_parallel import ALONE, Ranks, resolve_device
+from mamba_int.training.data_parallel import ALONE, Ranks
 from mamba_int.training.metrics import append_metrics, plot_metrics
 from mamba_int.training.protocol import TrainableModel
 from mamba_int.training.run import CHECKPOINT_FILE, LAST_FILE, METRICS_FILE, PLOT_FILE, TrainingRun
@@ -152,18 +153,7 @@ def _run_loop(
             run.progress.seconds += now - moment
             moment = now
             if progress is not None:
-                progress(
-                    Progress(
-                        run.progress.step,
-                        run.steps,
-                        outcome.loss,
-                        rate,
-                        window.accuracy,
-                        window.bits_per_byte(outcome.loss) if window.accuracy is None else None,
-                        window.speed,
-                        run.validation.metric if run.validation else None,
-                    )
-                )
+                progress(window.progress(outcome.loss, rate))
             # Several processes stop when all know of it, a step later.
             stopping = (outcome.stopping if run.ranks.count > 1 else stop_requested()) and not last
             if last or stopping or run.progress.step % run.config.checkpoint_every == 0:
@@ -200,6 +190,19 @@ class _Window:
     def bits_per_byte(self, loss: float) -> float:
         """A loss in nats per token in bits per byte of text, at the mean length of the training's tokens."""
         return loss / math.log(2) / self.run.batches.bytes_per_token
+
+    def progress(self, loss: float, rate: float) -> Progress:
+        """What there is to tell of the newest step."""
+        return Progress(
+            self.run.progress.step,
+            self.run.steps,
+            loss,
+            rate,
+            self.accuracy,
+            None if self.classes else self.bits_per_byte(loss),
+            self.speed,
+            self.run.validation.metric if self.run.validation else None,
+        )
 
     def log(self, rate: float, validated: bool) -> None:
         """Append a row and start anew; a window without one finite loss has nothing to say."""
@@ -272,7 +275,8 @@ def train(
     """Train a model in a folder, or finish the training an earlier call began there.
 
     The folder gets ``checkpoint.safetensors`` (best by validation after the scales were frozen),
-    ``last.safetensors``, ``state.safetensors`` (for resuming), ``metrics.jsonl`` and ``metrics.png``.
+    ``last.safetensors``, ``state.safetensors`` (for resuming), ``metrics.jsonl`` and ``metrics.png``, and
+    ``tokenizer.json`` where the data has a BPE.
     Interrupted at any step and resumed, a run on the same machine ends with the same bits. The float
     twin is the same call with ``arithmetic="float"``, ``training_config.twin()`` and another folder.
 

@@ -120,13 +120,13 @@ def test_a_checkpoint_and_its_folder_give_what_their_graph_gives(
         (["none.mint", "--prompt", "a"], "cannot read none.mint"),
         (["empty", "--prompt", "a"], "neither model.mint nor checkpoint.safetensors"),
         (["digits.mint", "--prompt", "a"], "reads features"),
-        (["eleven.mint", "--prompt", "a"], "--tokenizer FILE"),
+        (["eleven.mint", "--prompt", "a"], "--tokenizer-file FILE"),
         (["--prompt", "a"], "mambaint quantize"),
         (["model.mint", "--prompt", "a", "--temperature", "-1"], "temperature"),
         (["model.mint", "--prompt", "a", "--top-p", "0"], "top_p"),
         (["model.mint", "--prompt", "a", "--max-tokens", "0"], "max-tokens"),
         (["model.mint", "--prompt", "a", "--device", "abacus"], "abacus"),
-        (["model.mint", "--prompt", "a", "--tokenizer", "none.json"], "cannot read none.json"),
+        (["model.mint", "--prompt", "a", "--tokenizer-file", "none.json"], "cannot read none.json"),
     ],
 )
 def test_fault_has_exit_code_two_and_no_traceback(

@@ -61,6 +61,7 @@ def test_newest_run_becomes_a_model_that_every_file_agrees_on(
         "float_twin_accuracy",
         "model",
         "onnx",
+        "tokenizer",
         "report",
         "seconds",
     }

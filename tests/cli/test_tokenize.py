@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 
 from cli.main import main
+from mamba_int.datasets.tokenizer import load_bpe
 from mamba_int.training import load_checkpoint
 
-pytest.importorskip("tokenizers")
 TINY = (
     "[model]\nd_model = 32\nheaddim = 16\nn_layer = 1\n"
     "[training]\nbatch_size = 4\nwarmup_steps = 2\nsequence_length = 16\nevaluation_length = 16\n"
@@ -35,7 +36,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: Capture, *arguments: str) -> tu
     return int(stop.value.code or 0), out, err
 
 
-def test_text_is_tokenized_trained_on_and_quantized_with_one_metric(
+def test_text_is_tokenized_trained_on_quantized_and_continued_with_one_tokenizer(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     arguments = ["tokenize", "a.txt", "--output", "a.tokens", "--vocab-size", "280", "--json"]
@@ -44,7 +45,7 @@ def test_text_is_tokenized_trained_on_and_quantized_with_one_metric(
     assert (code, err) == (0, "")
     assert 256 < written["vocab_size"] <= 280 and written["bytes_per_token"] > 1.5
     assert sum(written["bytes"].values()) == (folder / "a.txt").stat().st_size
-    arguments = ["train", "--config", "tiny.toml", "--data", "a.tokens", "--steps", "3", "--json"]
+    arguments = ["train", "--config", "tiny.toml", "--data", "a.tokens", "--steps", "2", "--json"]
     code, out, _ = run(monkeypatch, capsys, *arguments)
     trained = json.loads(out)
     assert code == 0
@@ -55,6 +56,39 @@ def test_text_is_tokenized_trained_on_and_quantized_with_one_metric(
     quantized = json.loads(out)
     assert code == 0
     assert quantized["test_bits_per_byte"] == pytest.approx(trained["test_bits_per_byte"], rel=1e-6)
+    run_folder = Path(trained["checkpoint"]).parent
+    assert load_bpe(run_folder / "tokenizer.json") == load_bpe(Path(quantized["tokenizer"]))
+    assert load_bpe(Path(quantized["tokenizer"])) == kept.data.tokenizer
+    moved = folder / "elsewhere" / "model"
+    shutil.copytree(run_folder / "quantized", moved)
+    alone = shutil.copy(trained["checkpoint"], folder / "alone.safetensors")
+    shown = []
+    for model in (moved, moved / "model.mint", alone, run_folder, quantized["model"]):
+        arguments = ["generate", str(model), "--prompt", "the rat", "--max-tokens", "12", "--json"]
+        code, out, _ = run(monkeypatch, capsys, *arguments)
+        assert code == 0
+        shown.append(json.loads(out)["results"])
+    assert all(results == shown[0] for results in shown)
+    (result,) = shown[0]
+    assert result["prompt_tokens"] == len(kept.data.tokenizer.encode(b"the rat")) < len("the rat")
+    assert result["text"] == kept.data.tokenizer.decode(result["tokens"]).decode(errors="replace")
+    (moved / "tokenizer.json").unlink()
+    code, out, err = run(monkeypatch, capsys, "generate", str(moved), "--prompt", "a")
+    assert (code, out, err.count("\n")) == (2, "", 1) and "--tokenizer-file" in err
+    arguments = ["--tokenizer-file", quantized["tokenizer"], "--prompt", "the rat", "--max-tokens", "12"]
+    code, out, _ = run(monkeypatch, capsys, "generate", str(moved), *arguments, "--json")
+    assert code == 0 and json.loads(out)["results"] == shown[0]
+
+
+def test_a_run_on_bytes_leaves_no_tokenizer_of_an_earlier_one(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    stale = folder / "run" / "tokenizer.json"
+    stale.parent.mkdir()
+    stale.write_text("{}")
+    arguments = ["--config", "tiny.toml", "--data", "a.txt", "--steps", "1", "--out", "run"]
+    assert run(monkeypatch, capsys, "train", *arguments)[0] == 0
+    assert not stale.exists()
 
 
 def test_summary_names_tokens_bytes_and_file(
@@ -72,6 +106,7 @@ def test_summary_names_tokens_bytes_and_file(
         (["missing.txt", "--output", "x.tokens"], "cannot read missing.txt"),
         (["a.txt", "--output", "x.bin"], "does not end in .tokens"),
         (["a.txt", "--output", "x.tokens", "--vocab-size", "12"], "vocabulary of 12"),
+        (["a.txt", "--output", "x.tokens", "--vocab-size", "0"], "vocabulary of 0"),
         (["a.txt", "--output", "x.tokens", "--tokenizer", "bytes", "--vocab-size", "300"], "--vocab-size"),
         (["a.txt", "--output", "x.tokens", "--tokenizer-file", "tiny.toml"], "not valid JSON"),
         (["a.txt", "--output", "x.tokens", "--tokenizer-file", "no.tokens"], "cannot read no.tokens"),

@@ -333,6 +333,7 @@ def test_a_saved_state_goes_on_exactly(tmp_path: Path) -> None:
         (lambda t: t.update({"layer0.ssd:H": t["layer0.ssd:H"][:, :1].copy()}), "'H' of 'layer0.ssd'"),
         (lambda t: t.update({"layer0.ssd:H": t["layer0.ssd:H"] + (1 << 25)}), "'H' of 'layer0.ssd'"),
         (lambda t: t.update({"layer0.ssd:H": t["layer0.ssd:H"].astype(np.int32)}), "'H' of 'layer0.ssd'"),
+        (lambda t: t["layer0.ssd:H"].fill(-(1 << 63)), "'H' of 'layer0.ssd'"),
         (lambda t: t.pop("position"), "positions"),
         (lambda t: t.update({"position": t["position"] - 9}), "positions"),
         (lambda t: t.update({"more": np.zeros(1)}), "'more'"),
@@ -348,6 +349,13 @@ def test_a_damaged_state_is_refused(tmp_path: Path, change: Any, words: str) -> 
     save_file(tensors, path, header)
     with pytest.raises(MambaintError, match=words):
         DecodingState.load(path, graph)
+
+
+def test_a_description_nested_beyond_reading_is_refused_in_one_line(tmp_path: Path) -> None:
+    graph, _ = language_model()
+    save_file({"position": np.zeros(1, np.int64)}, tmp_path / "state", {"mambaint": "[" * 100_000})
+    with pytest.raises(MambaintError, match="not valid JSON"):
+        DecodingState.load(tmp_path / "state", graph)
 
 
 def test_states_of_others_are_refused(tmp_path: Path) -> None:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mamba_int.datasets import BYTES, Tokenizer, find_tokenizer, save_tokenizer
 from mamba_int.decoder import Decoder
 from mamba_int.errors import MambaintError
 from mamba_int.generation import Generation, generate
 from mamba_int.graph import Graph
 from mamba_int.interpreter import evaluate
 from mamba_int.sampling import Sampler, SamplingConfig
-from mamba_int.vocabulary import Bytes, TextStream, TokenizerFile, find_vocabulary
+from mamba_int.text_stream import TextStream
 from tests.circuits_runtime.models import random_graph
 
 GREEDY = SamplingConfig(temperature=0)
@@ -96,7 +99,7 @@ def test_the_limit_is_a_limit() -> None:
 
 @given(st.text(max_size=20), st.text(min_size=1, max_size=3))
 def test_text_comes_whole_and_ends_before_the_stop_wherever_it_is_cut(text: str, stop: str) -> None:
-    stream = TextStream(Bytes(), [stop])
+    stream = TextStream(BYTES, [stop])
     parts = [stream.feed(byte) for byte in text.encode()]
     before_the_end = stream.text
     parts.append(stream.feed(None))
@@ -107,79 +110,79 @@ def test_text_comes_whole_and_ends_before_the_stop_wherever_it_is_cut(text: str,
 
 
 def test_an_incomplete_character_is_held_back_and_a_broken_one_is_marked() -> None:
-    stream = TextStream(Bytes())
+    stream = TextStream(BYTES)
     assert [stream.feed(byte) for byte in "é€".encode()] == ["", "é", "", "", "€"]
     assert stream.feed(0xE2) == "" and stream.feed(0x41) == "\N{REPLACEMENT CHARACTER}A"
     assert stream.feed(0xE2) == "" and stream.feed(None) == "\N{REPLACEMENT CHARACTER}"
 
 
 def test_the_beginning_of_a_stop_is_held_back_until_it_is_none() -> None:
-    stream = TextStream(Bytes(), ["\n\n", "END"])
+    stream = TextStream(BYTES, ["\n\n", "END"])
     assert [stream.feed(byte) for byte in b"a\nbEN"] == ["a", "", "\nb", "", ""]
     assert stream.feed(ord("!")) == "EN!"
     assert stream.feed(ord("\n")) == "" and stream.feed(None) == "\n"
 
 
 def test_nothing_comes_after_a_stop() -> None:
-    stream = TextStream(Bytes(), ["ab"])
+    stream = TextStream(BYTES, ["ab"])
     assert "".join(stream.feed(byte) for byte in b"xaby") == "x" and stream.feed(None) == ""
 
 
-def test_a_vocabulary_that_is_unknown_is_refused(tmp_path: Path) -> None:
-    assert isinstance(find_vocabulary(256, None, [tmp_path]), Bytes)
-    with pytest.raises(MambaintError, match="11 tokens, not bytes"):
-        find_vocabulary(11, None, [tmp_path])
-    with pytest.raises(MambaintError, match="cannot read"):
-        find_vocabulary(256, tmp_path / "none.json", [])
-
-
-@pytest.fixture
-def tokenizer(tmp_path: Path) -> Path:
-    library = pytest.importorskip("tokenizers")
-    made = library.Tokenizer(library.models.BPE())
-    made.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = library.decoders.ByteLevel()
-    trainer = library.trainers.BpeTrainer(
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=300,
         special_tokens=["<|end|>"],
-        initial_alphabet=library.pre_tokenizers.ByteLevel.alphabet(),
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     made.train_from_iterator(["the whale, the white whale"] * 9, trainer)
-    made.save(str(tmp_path / "tokenizer.json"))
-    return tmp_path / "tokenizer.json"
+    return Tokenizer.from_dict({"kind": "bpe", "definition": json.loads(made.to_str())}, "the test")
 
 
 @pytest.mark.parametrize("text", ["the white whale", " the  whale\n", "naïve € 🐋 the", ""])
-def test_tokens_of_a_tokenizer_file_become_the_text_again(tokenizer: Path, text: str) -> None:
-    vocabulary = find_vocabulary(512, None, [tokenizer.parent / "quantized", tokenizer.parent])
-    assert isinstance(vocabulary, TokenizerFile)
-    tokens = vocabulary.encode(text.encode())
-    stream = TextStream(vocabulary)
-    shown = [stream.feed(token) for token in tokens]
+def test_tokens_of_a_bpe_become_the_text_again(tokenizer: Tokenizer, text: str) -> None:
+    stream = TextStream(tokenizer)
+    shown = [stream.feed(token) for token in tokenizer.encode(text.encode())]
     assert "".join(shown) == text == stream.text and stream.feed(None) == ""
     assert not any("\N{REPLACEMENT CHARACTER}" in part for part in shown)
 
 
-def test_special_and_unknown_tokens_of_a_tokenizer_file(tokenizer: Path) -> None:
-    vocabulary = find_vocabulary(512, tokenizer, [])
-    end = vocabulary.special_token("<|end|>")
-    assert end is not None and vocabulary.special_token("the") is None
-    stream = TextStream(vocabulary)
-    first, *_ = vocabulary.encode(b"the")
-    # A special token, and one that only the model has, are no text.
-    assert [stream.feed(token) for token in (end, 511, first, None)][:2] == ["", ""]
-    broken = TextStream(vocabulary)
-    half = vocabulary.encode("🐋".encode())[:-1]
-    assert "".join(broken.feed(token) for token in half) == ""
-    assert broken.feed(None) == "\N{REPLACEMENT CHARACTER}"
+def test_a_character_of_several_tokens_that_stays_incomplete_is_marked(tokenizer: Tokenizer) -> None:
+    stream = TextStream(tokenizer)
+    half = tokenizer.encode("🐋".encode())[:-1]
+    assert len(half) > 0 and "".join(stream.feed(token) for token in half) == ""
+    assert stream.feed(None) == "\N{REPLACEMENT CHARACTER}"
 
 
-def test_tokenizer_files_that_do_not_fit_are_refused(tokenizer: Path, tmp_path: Path) -> None:
-    with pytest.raises(MambaintError, match="the model 256"):
-        TokenizerFile(tokenizer, 256)
-    (tmp_path / "wrong.json").write_text("{}")
-    with pytest.raises(MambaintError, match="not a tokenizer"):
-        TokenizerFile(tmp_path / "wrong.json", 512)
-    with pytest.raises(MambaintError, match="not UTF-8"):
-        TokenizerFile(tokenizer, 512).encode(b"\xff")
+def test_a_special_token_is_found_by_its_text_and_another_token_is_not(tokenizer: Tokenizer) -> None:
+    assert tokenizer.special_tokens == {"<|end|>": 0} and BYTES.special_tokens == {}
+    stream = TextStream(tokenizer, ["<|end|>"])
+    the, *_ = tokenizer.encode(b"the")
+    assert [stream.feed(token) for token in (the, 0, the)] == ["the", "", ""] and stream.stopped
+
+
+def test_a_tokenizer_that_is_not_that_of_the_model_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    assert find_tokenizer(256, tmp_path) == BYTES
+    with pytest.raises(MambaintError, match="11 tokens, not bytes"):
+        find_tokenizer(11, tmp_path)
+    with pytest.raises(MambaintError, match="cannot read"):
+        find_tokenizer(256, tmp_path, tmp_path / "none.json")
+    path = save_tokenizer(tokenizer, tmp_path)
+    assert path is not None and find_tokenizer(tokenizer.vocab_size, tmp_path) == tokenizer
+    for size in (256, tokenizer.vocab_size + 1):
+        with pytest.raises(MambaintError, match=f"{tokenizer.vocab_size} tokens, the model {size}"):
+            find_tokenizer(size, tmp_path / "elsewhere", path)
+
+
+def test_the_tokenizer_of_an_earlier_model_is_not_left_beside_the_next(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    for next_one in (BYTES, None):
+        save_tokenizer(tokenizer, tmp_path)
+        assert save_tokenizer(next_one, tmp_path) is None
+        assert save_tokenizer(next_one, tmp_path) is None
+        assert list(tmp_path.iterdir()) == []

@@ -36,7 +36,6 @@ SPLITS = ("train", "validation", "test")
 
 @pytest.fixture(scope="module")
 def bpe() -> Tokenizer:
-    pytest.importorskip("tokenizers")
     return train_bpe(iter([TEXT]), 300)
 
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from mamba_int.config import MambaIntConfig
-from mamba_int.executor import execute_nodes
-from mamba_int.fusion import execute_plan, plan
+from mamba_int.executor import execute_nodes, execute_plan
+from mamba_int.fusion import plan
 from mamba_int.graph import Node
 from mamba_int.model import MambaInt
 from mamba_int.native import NativeNodes, build_nodes

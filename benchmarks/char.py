@@ -1,4 +1,4 @@
-"""Bits per byte of the ten-million-parameter byte model of Moby Dick: ternary, int8 weights, and the float twin.
+"""Bits per byte of the ten-million-parameter model of Moby Dick: ternary, int8 weights, float twin.
 
 ``python -m benchmarks.char`` on a GPU; writes ``benchmarks/results/char.json``.
 """

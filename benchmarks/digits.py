@@ -1,4 +1,4 @@
-"""The digits numbers of the README: three seeds, float twins, and the demo model's circuit on twenty images.
+"""The digits numbers of the README: ten seeds, float twins, and the demo model's circuit on twenty images.
 
 Run ``make bench-digits``; results go to ``benchmarks/results/digits.json`` with hardware and versions.
 """
@@ -17,7 +17,7 @@ from benchmarks.hardware import hardware
 
 RESULT = Path(__file__).parent / "results" / "digits.json"
 SEEDS = {"digits": range(10), "digits-large": range(3)}
-"""One of the 360 test images is 0.3 points: the mean of three seeds is uncertain by 0.6, that of ten by 0.3."""
+"""One of 360 test images is 0.3 points: the mean of three seeds is uncertain by 0.6, that of ten by 0.3."""
 IMAGES = 20
 
 

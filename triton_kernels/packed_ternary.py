@@ -105,7 +105,7 @@ def _gemv_kernel(
 
 
 # Groups of rows a program, words a step, steps whose loads overlap, and warps.
-BLOCKS = (4, 128, 8, 4)
+BLOCKS = (1, 128, 8, 1)
 
 
 def ternary_gemv(weight: PackedTernary, x: Tensor) -> Tensor:

@@ -39,6 +39,10 @@ SCALE_SIGMAS = 4.0
 
 def quantize_parameter(real: Tensor, frac: int, limit: int) -> Tensor:
     """round(real * 2^frac) clamped to +-limit, as floats; gradient of the product, straight-through."""
+    if real.is_cuda:
+        from triton_kernels.quantize_parameter import quantize_parameter_fused
+
+        return quantize_parameter_fused(real, frac, limit)
     smooth = real * 2.0**frac
     return saturate(straight_through(smooth, torch.floor(smooth + 0.5)), -limit, limit)
 

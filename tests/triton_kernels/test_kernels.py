@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mamba_int.graph import Node
+from mamba_int.model import quantize_parameter
 from mamba_int.operations import OPERATIONS
 from mamba_int.operations.base import rounding_shift
 from mamba_int.operations.norm import Norm
@@ -20,6 +21,7 @@ from triton_kernels.conv import Activation, conv_requantize
 from triton_kernels.linear import Rounding, linear_requantize, linear_residual, wide_linear
 from triton_kernels.norm import Ladder, norm_requantize
 from triton_kernels.packed_ternary import pack_ternary, ternary_gemv
+from triton_kernels.quantize_parameter import quantize_parameter_fused
 from triton_kernels.squareplus import squareplus
 from triton_kernels.ternarize import ternarize
 from triton_kernels.ternarize_rows import ternarize_rows
@@ -153,6 +155,19 @@ def test_a_vector_of_another_type_or_length_is_refused() -> None:
     for wrong in (torch.zeros(8), torch.zeros(7, dtype=torch.int8)):
         with pytest.raises(ValueError, match="must be int8"):
             ternary_gemv(packed, wrong)
+
+
+def test_a_parameter_beyond_its_limit_comes_back_and_goes_no_further() -> None:
+    real = torch.tensor([-9.0, -2.0, -1.98, 0.0, 0.49, 1.5, 1.98, 2.0, 7.0])
+    for sign in (-1.0, 1.0):
+        ours, theirs = real.clone().requires_grad_(), real.clone().requires_grad_()
+        y, expected = quantize_parameter_fused(ours, 6, 127), quantize_parameter(theirs, 6, 127)
+        assert torch.equal(y, expected)
+        gradient = sign * torch.arange(1.0, 10.0)
+        y.backward(gradient)
+        expected.backward(gradient)
+        assert ours.grad is not None and theirs.grad is not None
+        assert torch.equal(ours.grad, theirs.grad) and 0 < int((ours.grad == 0).sum()) < 9
 
 
 def test_a_row_of_zeros_stays_zero_and_gradients_pass_unrounded() -> None:

@@ -20,12 +20,17 @@ Memory = dict[str, Any]
 """What an operation remembers from step to step: arrays or tensors [batch, ...] by name, updated in place."""
 
 
+def nobody(name: str, value: Any) -> None:
+    """The :data:`Record` of runs in which nobody looks at intermediates."""
+
+
 def recorder(node: Node, trace: dict[str, Any] | None) -> Record:
     """Enters the intermediates of a node into a trace, if there is one, as ``node.intermediate``."""
+    if trace is None:
+        return nobody
 
     def record(name: str, value: Any) -> None:
-        if trace is not None:
-            trace[f"{node.name}.{name}"] = value
+        trace[f"{node.name}.{name}"] = value
 
     return record
 

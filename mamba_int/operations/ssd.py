@@ -11,7 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mamba_int.graph import IntArray, Node, TensorType
-from mamba_int.operations.base import Memory, Operation, Record, check, rounding_shift, shift_peak, shifted
+from mamba_int.operations.base import (
+    Memory,
+    Operation,
+    Record,
+    check,
+    nobody,
+    rounding_shift,
+    shift_peak,
+    shifted,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -345,11 +354,13 @@ class Ssd(Operation):
     def execute_step(
         self, node: Node, inputs: Sequence[Tensor], memory: Memory, position: Tensor, record: Record
     ) -> Tensor:
+        import torch
+
         from triton_kernels.ssd import SsdScales
         from triton_kernels.ssd_step import ssd_step
 
         x, B_hat, C_hat, n = (operand[:, 0] for operand in inputs[:4])
-        y, internals = ssd_step(
+        operands = (
             x,
             B_hat,
             C_hat,
@@ -360,6 +371,11 @@ class Ssd(Operation):
             position % node.integer("chunk_size"),
             inputs[4][:, 0] if "H" in memory else None,
         )
+        if x.is_cuda and x.dtype == torch.float32 and record is nobody:
+            from triton_kernels.fused_ssd_step import fused_ssd_step
+
+            return fused_ssd_step(*operands)[:, None]
+        y, internals = ssd_step(*operands)
         for name, value in internals.items():
             record(name, value)
         return y[:, None]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import math
-import tomllib
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 from mamba_int.config import MambaIntConfig
 from mamba_int.datasets import TEXT_KINDS, ClassificationData, DataSource, TextData, source_from_path
 from mamba_int.errors import MambaintError
-from mamba_int.files import read_bytes
+from mamba_int.files import parse_toml, read_bytes
 from mamba_int.training.config import TrainingConfig
 
 TABLES = ("model", "training", "data")
@@ -71,10 +70,7 @@ def preset_names() -> list[str]:
 
 
 def _parse(content: bytes, source: str) -> dict[str, Table]:
-    try:
-        document = tomllib.loads(content.decode())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise MambaintError(f"{source} is not valid TOML ({error})", "correct the file") from error
+    document = parse_toml(content, source)
     for key, value in document.items():
         if key not in TABLES or not isinstance(value, dict):
             near = difflib.get_close_matches(key, TABLES, n=1)

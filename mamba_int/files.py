@@ -6,6 +6,7 @@ import json
 import math
 import os
 import tempfile
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -133,3 +134,20 @@ def read_bytes(path: Path, remedy: str = "check the path") -> bytes:
 def read_json(path: Path, remedy: str = "check the path") -> Any:
     """Read and parse a strict JSON file; see :func:`read_bytes` and :func:`parse_json`."""
     return parse_json(read_bytes(path, remedy), str(path))
+
+
+def parse_toml(content: bytes, source: str) -> dict[str, Any]:
+    """Parse TOML.
+
+    Raises:
+        MambaintError: naming ``source`` if the text is not TOML.
+    """
+    try:
+        return tomllib.loads(content.decode())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise MambaintError(f"{source} is not valid TOML ({error})", "correct the file") from error
+
+
+def read_toml(path: Path, remedy: str = "check the path") -> dict[str, Any]:
+    """Read and parse a TOML file; see :func:`read_bytes` and :func:`parse_toml`."""
+    return parse_toml(read_bytes(path, remedy), str(path))

@@ -30,6 +30,8 @@ from benchmarks import float_scans
 from benchmarks.hardware import hardware
 from mamba_int.config import MambaIntConfig
 from mamba_int.files import write_json
+from mamba_int.float_models.config import MambaConfig
+from mamba_int.float_models.models import MambaForCausalLM
 from mamba_int.model import MambaInt
 from mamba_int.training.captured import CapturedBackward
 from triton_kernels.chunked_ssd import ssd_requantize
@@ -263,7 +265,7 @@ def training_speed(
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     steps, began = 0, time.perf_counter()
-    while steps < 4 or time.perf_counter() - began < 3.0:
+    while steps < 3 or time.perf_counter() - began < 3.0:
         step()
         steps += 1
     torch.cuda.synchronize()
@@ -354,14 +356,40 @@ def training_rows(peers: Path | None) -> Iterator[Row]:
     if peers is None:
         yield Row(name, "tokens/s", speed, detail=detail)
         return
+    clean()
     model = mamba_ssm_model(peers, 10000)
     loss = autocast_loss(model, lambda result: result.logits)
+    mamba_ssm = {}
     for graph, mode in ((False, "eager"), (True, "as a CUDA graph")):
         clean()
-        theirs, _ = training_speed(model, loss, (4, 2048), 10000, graph)
-        yield Row(name, "tokens/s", speed, f"mamba_ssm Mamba-2, {mode}", theirs, detail)
+        mamba_ssm[mode], _ = training_speed(model, loss, (4, 2048), 10000, graph)
+        yield Row(name, "tokens/s", speed, f"mamba_ssm Mamba-2, {mode}", mamba_ssm[mode], detail)
     del model, loss
     clean()
+    config = MambaConfig(mixer="mamba2", vocab_size=10000, d_model=768, n_layer=12, d_state=64, headdim=64)
+    for graph, mode in ((False, "eager"), (True, "as a CUDA graph")):
+        speed, detail = float_speed(config, (4, 2048), graph)
+        name = f"train float Mamba-2 12 x 768, 4 x 2048, vocabulary 10000, {mode}"
+        yield Row(name, "tokens/s", speed, f"mamba_ssm Mamba-2, {mode}", mamba_ssm[mode], detail)
+    config = MambaConfig(mixer="mamba", vocab_size=10000, d_model=512, n_layer=6, d_state=16)
+    model = minimamba_model(peers, 10000)
+    theirs, _ = training_speed(model, lambda x, y: cross_entropy(model(x), y), (8, 1024), 10000, graph=False)
+    del model
+    clean()
+    for graph, mode in ((False, "eager"), (True, "as a CUDA graph")):
+        speed, detail = float_speed(config, (8, 1024), graph)
+        name = f"train float Mamba-1 6 x 512, 8 x 1024, vocabulary 10000, {mode}"
+        yield Row(name, "tokens/s", speed, "MiniMamba", theirs, detail)
+
+
+def float_speed(config: MambaConfig, shape: tuple[int, int], graph: bool) -> tuple[float, dict[str, float]]:
+    """Our float model in bf16 mixed precision."""
+    model = MambaForCausalLM(config).cuda()
+    loss = autocast_loss(model, lambda result: result.logits)
+    result = training_speed(model, loss, shape, config.vocab_size, graph)
+    del model, loss
+    clean()
+    return result
 
 
 def clean() -> None:

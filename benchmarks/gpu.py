@@ -319,14 +319,17 @@ def mamba_ssm_model(peers: Path, vocabulary: int) -> nn.Module:
     return model
 
 
-def minimamba_model(peers: Path, vocabulary: int) -> nn.Module:
-    """Mamba-1, 6 x 512, of MiniMamba."""
+def minimamba_speed(peers: Path, shape: tuple[int, int], vocabulary: int) -> float:
+    """Mamba-1, 6 x 512, of MiniMamba, in float32 as it comes: tokens a second."""
     sys.path.insert(0, str(peers))
     config = importlib.import_module("minimamba.config").MambaLMConfig(
         d_model=512, n_layer=6, vocab_size=vocabulary, d_state=16
     )
     model: nn.Module = importlib.import_module("minimamba.models").MambaForCausalLM(config).cuda()
-    return model
+    speed, _ = training_speed(model, lambda x, y: cross_entropy(model(x), y), shape, vocabulary, graph=False)
+    del model
+    clean()
+    return speed
 
 
 def autocast_loss(model: nn.Module, read: Callable[[Any], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
@@ -372,10 +375,7 @@ def training_rows(peers: Path | None) -> Iterator[Row]:
         name = f"train float Mamba-2 12 x 768, 4 x 2048, vocabulary 10000, {mode}"
         yield Row(name, "tokens/s", speed, f"mamba_ssm Mamba-2, {mode}", mamba_ssm[mode], detail)
     config = MambaConfig(mixer="mamba", vocab_size=10000, d_model=512, n_layer=6, d_state=16)
-    model = minimamba_model(peers, 10000)
-    theirs, _ = training_speed(model, lambda x, y: cross_entropy(model(x), y), (8, 1024), 10000, graph=False)
-    del model
-    clean()
+    theirs = minimamba_speed(peers, (8, 1024), 10000)
     for graph, mode in ((False, "eager"), (True, "as a CUDA graph")):
         speed, detail = float_speed(config, (8, 1024), graph)
         name = f"train float Mamba-1 6 x 512, 8 x 1024, vocabulary 10000, {mode}"

@@ -327,8 +327,6 @@ def minimamba_speed(peers: Path, shape: tuple[int, int], vocabulary: int) -> flo
     )
     model: nn.Module = importlib.import_module("minimamba.models").MambaForCausalLM(config).cuda()
     speed, _ = training_speed(model, lambda x, y: cross_entropy(model(x), y), shape, vocabulary, graph=False)
-    del model
-    clean()
     return speed
 
 

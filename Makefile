@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-gpu check bench-digits bench-proving bench-estimate clean
+.PHONY: setup demo test test-gpu check bench-digits bench-proving bench-estimate bench-gpu bench-char clean
 
 setup: $(STAMP)
 
@@ -24,7 +24,7 @@ test: setup
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu
 
-# Ten minutes: three seeds of two presets with their float twins, then the demo model's circuit.
+# Twenty minutes: ten seeds of the demo model and its float twin, three of the large one, then the circuit.
 bench-digits: setup
 	$(BIN)/python -m benchmarks.digits
 
@@ -35,6 +35,14 @@ bench-estimate: setup
 # Two minutes, after bench-digits: both forms of the same circuits beside the recorded naive export.
 bench-proving: setup
 	$(BIN)/python -m benchmarks.proving runs/bench-digits
+
+# Ten minutes on a GPU. PEERS is a directory with the sources mamba_ssm/ and minimamba/ of those packages.
+bench-gpu: setup
+	$(BIN)/python -m benchmarks.gpu $(if $(PEERS),--peers $(PEERS))
+
+# Three minutes on a GPU: ten million parameters on bytes of Moby Dick, ternary, int8 and float.
+bench-char: setup
+	$(BIN)/python -m benchmarks.char
 
 check: setup
 	$(BIN)/ruff check .

@@ -97,7 +97,7 @@ class Mixer(nn.Module):
 
 
 def _last_inputs(joined: Tensor, mask: Tensor, width: int) -> Tensor:
-    """The ``width`` inputs up to the last that is no padding; before those of the mask are ``width`` older."""
+    """The ``width`` inputs up to the last that is no padding; ``width`` older ones come before the mask's."""
     steps = torch.arange(1, mask.shape[1] + 1, device=mask.device)
     last = (steps * mask).amax(1)
     places = last[:, None] + torch.arange(width, device=mask.device)

@@ -18,10 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from mamba_int.float_models import mamba, mamba2  # noqa: F401
 from mamba_int.float_models.config import MambaConfig
 from mamba_int.float_models.mixer import MixerState, build_mixer
+from triton_kernels.cross_entropy import IGNORED_LABEL, cross_entropy
 from triton_kernels.rms_norm import add_rms_norm
-
-IGNORED_LABEL = -100
-"""Labels of this value are not counted in a loss."""
 
 
 class RMSNorm(nn.Module):
@@ -149,7 +147,7 @@ class MambaForCausalLM(nn.Module):
             labels = labels.masked_fill(attention_mask == 0, IGNORED_LABEL)
         # Shifting the labels instead of cutting the logits leaves those in one piece.
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED_LABEL)
+        loss = cross_entropy(logits.flatten(0, 1), targets.flatten())
         return CausalLMOutput(logits, loss)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ Exit codes: 0 success; 2 bad usage, bad input or anything that could not be done
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 
 import click
@@ -59,6 +60,20 @@ def mambaint() -> None:
 
 def main() -> None:
     """Console entry point: run the command; report a fault as one line and exit 2."""
+    try:
+        _run()
+    except SystemExit as stop:
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            raise
+        # Under torchrun, threads of PyTorch's collectives may outlive the interpreter, whose end then aborts
+        # the process after all is done (one in ten on two busy cores). Nothing is left to do but to go.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(stop.code if isinstance(stop.code, int) else 0)
+
+
+def _run() -> None:
+    """Run the command and raise SystemExit with its code."""
     try:
         code = mambaint(standalone_mode=False)
     except click.exceptions.Exit as stop:

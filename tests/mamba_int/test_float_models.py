@@ -400,6 +400,26 @@ def test_generation_departs_from_whole_sequences(mixer: str, monkeypatch: pytest
     assert model.generate(PROMPTS, 6).tokens == expected
 
 
+@pytest.mark.parametrize("mixer", MIXER_NAMES)
+@pytest.mark.parametrize("piece", [4, 100])
+def test_prompts_of_other_lengths_or_before_change_a_state(
+    mixer: str, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoder_module, "PREFILL_STEPS", piece)
+    model = language_model(mixer)
+    decoder = FloatDecoder(model, 3)
+
+    def expected(sequences: list[list[int]]) -> Tensor:
+        with torch.no_grad():
+            return torch.cat([model(torch.tensor([sequence])).logits[:, -1] for sequence in sequences])
+
+    for prompts in (PROMPTS, PROMPTS[::-1]):
+        assert difference(decoder.prefill(prompts), expected(prompts)) < 1e-5
+        longer = [[*prompt, 7] for prompt in prompts]
+        assert difference(decoder.step([7, 7, 7]), expected(longer)) < 1e-5
+        assert decoder.cache.position.tolist() == list(map(len, longer))
+
+
 def test_stop_tokens_and_streams_are_ignored() -> None:
     model = language_model()
     expected = greedy(model, PROMPTS[2], 6)

@@ -93,7 +93,7 @@ def load_float_model(path: Path, format: str | None = None) -> tuple[FloatModel,
         plan.architecture,
         plan.config,
         parameters,
-        dict(source.dtypes),
+        source.dtypes,
         plan.notes,
     )
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import zipfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -144,7 +145,10 @@ class NpzReader:
                             "save it again",
                         )
                     self._shapes[name] = tuple(shape)
-        except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+        except MambaintError:
+            raise
+        # zipfile, zlib and numpy's header parser each raise kinds of their own on damaged bytes.
+        except Exception as error:
             raise MambaintError(f"{path} is not a whole npz file ({error})", "save it again") from error
 
     def __iter__(self) -> Iterator[str]:
@@ -266,7 +270,12 @@ class SourceCheckpoint:
                     f"{path} has both {self._names[plain]} and {name}", "keep one of each tensor"
                 )
             self._names[plain] = name
-        self.dtypes: dict[str, int] = {}
+        self._dtypes: dict[str, str] = {}
+
+    @property
+    def dtypes(self) -> dict[str, int]:
+        """How many of the tensors that were read have each dtype."""
+        return dict(Counter(self._dtypes.values()))
 
     @property
     def keys(self) -> list[str]:
@@ -299,13 +308,13 @@ class SourceCheckpoint:
             MambaintError: naming it if it is no float, or has a value that is not a finite float32.
         """
         value: Tensor = self._reader[self._names[key]]
+        dtype = str(value.dtype).removeprefix("torch.")
         if value.dtype not in _FLOATS:
             raise MambaintError(
-                f"{self.path}: {key} has dtype {str(value.dtype).removeprefix('torch.')}",
+                f"{self.path}: {key} has dtype {dtype}",
                 "give weights as they were trained: float16, bfloat16, float32 or float64",
             )
-        dtype = str(value.dtype).removeprefix("torch.")
-        self.dtypes[dtype] = self.dtypes.get(dtype, 0) + 1
+        self._dtypes[key] = dtype
         value = value.to(torch.float32)
         finite = torch.isfinite(value)
         if not finite.all():

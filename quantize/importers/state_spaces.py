@@ -55,7 +55,9 @@ def state_spaces_plan(
             "give a model of Mamba layers alone",
         )
     if not settings.boolean("rms_norm", True):
-        raise MambaintError(f"{settings.source} has LayerNorms (rms_norm = false)", "give a model of RMSNorms")
+        raise MambaintError(
+            f"{settings.source} has LayerNorms (rms_norm = false)", "give a model of RMSNorms"
+        )
     unknown = sorted(set(mixer_settings.values) - _COMMON - own)
     if unknown:
         raise MambaintError(

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import triton
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -28,8 +29,10 @@ SHAPE = {
 
 
 @pytest.fixture(autouse=True)
-def seeded() -> None:
+def seeded(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
+    # These tests are about weights: interpreted kernels, which have their own, would be slow.
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
 
 
 def scrambled(model: nn.Module) -> Any:

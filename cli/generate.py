@@ -21,17 +21,9 @@ def _load(model: Path | None, tokenizer_file: Path | None) -> tuple[Graph, Token
     from mamba_int.datasets import find_tokenizer
     from mamba_int.errors import MambaintError
     from mamba_int.graph import Graph
-    from quantize.latest import CHECKPOINT_FILE, MODEL_FILE, resolve_model
+    from quantize.latest import resolve_either
 
-    path = resolve_model(None) if model is None else model
-    if path.is_dir():
-        inside = [path / name for name in (MODEL_FILE, CHECKPOINT_FILE) if (path / name).is_file()]
-        if not inside:
-            raise MambaintError(
-                f"{path} holds neither {MODEL_FILE} nor {CHECKPOINT_FILE}",
-                "give the folder of a run, or a model",
-            )
-        path = inside[0]
+    path = resolve_either(model)
     held: Tokenizer | None = None
     if path.suffix == ".safetensors":
         from mamba_int.training import load_checkpoint

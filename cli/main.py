@@ -19,6 +19,7 @@ COMMANDS = {
     "quantize": "cli.quantize",
     "inspect": "cli.inspect",
     "run": "cli.run",
+    "eval": "cli.eval",
     "generate": "cli.generate",
     "estimate": "cli.estimate",
     "setup": "cli.setup",

@@ -56,7 +56,7 @@ def command(
       mambaint open proof.json --input x.json --opening proof.opening.json
     """
     from cli.proving import input_graph
-    from cli.verify import DEVELOPMENT_LINE
+    from cli.verdict import DEVELOPMENT_LINE, verdict_json
     from quantize.input_file import read_input
     from zk.commitment import check_opening
     from zk.opening import read_opening
@@ -70,17 +70,7 @@ def command(
     values = [int(value) for value in read_input(input_path, input_graph(package.statement)).ravel()]
     verdict = check_opening(verdict, package, values, salts, srs)
     if as_json:
-        result = {
-            "valid": verdict.valid,
-            "model_id": verdict.model_id,
-            "public": verdict.public,
-            "commitments": verdict.commitments,
-            "input": str(input_path),
-            "srs": verdict.srs_kind,
-            "verifier": {"path": str(trusted), "sha256": digest},
-        }
-        if not verdict.valid:
-            result["reason"] = verdict.reason
+        result = {**verdict_json(verdict, trusted), "input": str(input_path)}
         click.echo(json.dumps(result))
     else:
         head = (

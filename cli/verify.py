@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
+from cli.verdict import DEVELOPMENT_LINE, verdict_json
+
 if TYPE_CHECKING:
     from zk.verify import Verdict
-
-DEVELOPMENT_LINE = (
-    "  note: development SRS. Whoever generated it could forge proofs; "
-    "use a ceremony SRS for anything that matters."
-)
 
 
 def _predicted(verdict: Verdict) -> str | None:
@@ -23,23 +20,6 @@ def _predicted(verdict: Verdict) -> str | None:
     if not isinstance(classes, list) or not logits or len(classes) != len(logits):
         return None
     return str(classes[logits.index(max(logits))])
-
-
-def _as_json(verdict: Verdict, verifier: Path) -> dict[str, Any]:
-    result: dict[str, Any] = {
-        "valid": verdict.valid,
-        "model_id": verdict.model_id,
-        "circuit_id": verdict.circuit_id,
-        "outputs": verdict.public.get("logits", []),
-        "public": verdict.public,
-        "commitments": verdict.commitments,
-        "verify_seconds": round(verdict.verify_seconds, 4),
-        "srs": verdict.srs_kind,
-        "verifier": {"path": str(verifier), "sha256": verdict.package_sha256},
-    }
-    if not verdict.valid:
-        result["reason"] = verdict.reason
-    return result
 
 
 def _shown(values: list[int]) -> str:
@@ -131,27 +111,27 @@ def command(
         raise MambaintError("--srs is for --rederive", "give the model with --rederive, or leave --srs out")
     if other_verifier is not None and same_input is None:
         raise MambaintError("--other-verifier belongs to --same-input", "give the other proof as well")
-    if rederive is None:
+    other = None
+    if rederive is None and same_input is None:
         verdict = verify(proof, trusted, expected)
-    else:
+    elif rederive is not None:
         # Only now: without the model, verifying needs none of what lowers one.
         from mamba_int.graph import Graph
         from quantize.latest import resolve_model
         from zk.rederive import verify_rederived
 
         verdict = verify_rederived(proof, trusted, Graph.load(resolve_model(rederive)), expected, srs_path)
-    other = None
-    if same_input is not None and verdict.valid:
+    if same_input is not None and (rederive is None or verdict.valid):
         from zk.commitment import verify_same_input
 
         other_trusted = other_verifier if other_verifier is not None else same_input.parent / "verifier.zip"
         verdict, other = verify_same_input(proof, trusted, same_input, other_trusted, expected)
-    result, lines = _as_json(verdict, trusted), _lines(verdict, trusted)
+    result, lines = verdict_json(verdict, trusted), _lines(verdict, trusted)
     if verdict.valid and rederive is not None:
         result["rederived"] = True
         lines.append(f"  {'rederived':<12} the verifying key is that of {rederive}")
     if other is not None:
-        result["other"] = {"proof": str(same_input), **_as_json(other, other_trusted)}
+        result["other"] = {"proof": str(same_input), **verdict_json(other, other_trusted)}
         lines += ["", f"{same_input}:", *_lines(other, other_trusted)]
         if verdict.valid:
             lines[0] += f", and the input is that of {same_input}"

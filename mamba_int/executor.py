@@ -133,6 +133,25 @@ def execute_nodes(
     return values
 
 
+class GraphPredictor:
+    """A finished graph that gives real-valued logits, for scoring it like any other model.
+
+    Args:
+        graph: the model. device: where to run.
+    """
+
+    def __init__(self, graph: Graph, device: torch.device) -> None:
+        self._executor = Executor(graph, device)
+        self._unit = 2.0 ** -graph.by_name[graph.output].frac
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """float32 logits [batch, ...] of integer inputs [batch, T, ...]."""
+        return self._executor(inputs).float() * self._unit
+
+    def eval(self) -> None:
+        """A finished graph has no other mode."""
+
+
 class Executor:
     """A finished graph loaded on a device.
 

@@ -31,6 +31,25 @@ def resolve_model(path: Path | None) -> Path:
     return _resolve(path, "model", MODEL_FILE, "make one with 'mambaint quantize', or give its path")
 
 
+def resolve_either(path: Path | None) -> Path:
+    """What is meant by a path to a model or a checkpoint: the file itself, or of a folder the model, else the
+    checkpoint; without a path the newest run's model.
+
+    Raises:
+        MambaintError: for a folder with neither; as :func:`resolve_model`.
+    """
+    if path is None:
+        return resolve_model(None)
+    if not path.is_dir():
+        return path
+    inside = [path / name for name in (MODEL_FILE, CHECKPOINT_FILE) if (path / name).is_file()]
+    if not inside:
+        raise MambaintError(
+            f"{path} holds neither {MODEL_FILE} nor {CHECKPOINT_FILE}", "give the folder of a run, or a model"
+        )
+    return inside[0]
+
+
 def remember_checkpoint(checkpoint: Path) -> None:
     """Make this the newest run, one without a model yet."""
     write_json(LATEST, {"checkpoint": str(checkpoint)})

@@ -1,7 +1,7 @@
-"""Folders of float models: ``config.json`` and weights as safetensors, whole or in shards.
+"""Reading folders of float models: ``config.json`` and weights as safetensors, whole or in shards.
 
 The weights file has HuggingFace's names: ``model.safetensors``, or ``model.safetensors.index.json`` with a
-``weight_map`` from tensors to files beside it. Tied weights are stored once.
+``weight_map`` from tensors to files beside it. Tied weights are stored once. This module needs no PyTorch.
 """
 
 from __future__ import annotations
@@ -10,13 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
 
 from mamba_int.errors import MambaintError
-from mamba_int.files import read_json, replacing, write_json
+from mamba_int.files import read_json
 from mamba_int.float_models.config import MambaConfig
 
 CONFIG_FILE = "config.json"
@@ -109,71 +106,6 @@ class SafetensorsReader(Mapping[str, Any]):
             raise MambaintError(
                 f"{name} in {self._places[name]} cannot be read ({error})", "save the model in float32"
             ) from error
-
-
-def load_parameters(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Fill all parameters of a model from tensors of the same names, one after the other.
-
-    A tied weight may be missing, or be there twice and equal.
-
-    Raises:
-        MambaintError: listing keys that are missing, too many, or of a wrong shape or dtype, and naming a
-            tensor that is not finite.
-    """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    missing, seen = [], set()
-    for name, parameter in parameters.items():
-        if name in tensors:
-            seen.add(id(parameter))
-    for name, parameter in parameters.items():
-        if name not in tensors and id(parameter) not in seen:
-            missing.append(name)
-    extra = [name for name in tensors if name not in parameters]
-    if missing or extra:
-        parts = [f"lacks {listed(missing)}"] if missing else []
-        parts += [f"has unknown {listed(extra)}"] if extra else []
-        raise MambaintError(f"{source} {' and '.join(parts)}", "give the weights of this configuration")
-    filled: set[int] = set()
-    misshapen: list[str] = []
-    for name, parameter in parameters.items():
-        if name not in tensors:
-            continue
-        value = tensors[name]
-        if value.shape != parameter.shape:
-            misshapen.append(f"{name} {tuple(value.shape)} instead of {tuple(parameter.shape)}")
-            continue
-        if not value.dtype.is_floating_point:
-            raise MambaintError(f"{source}: {name} has dtype {value.dtype}", "give weights of floats")
-        if not torch.isfinite(value).all():
-            raise MambaintError(f"{source}: {name} has values that are not finite", "give a sound checkpoint")
-        with torch.no_grad():
-            if id(parameter) in filled:
-                if not torch.equal(parameter, value.to(parameter)):
-                    raise MambaintError(
-                        f"{source}: {name} is tied and has another value", "set tie_embeddings = false"
-                    )
-            else:
-                parameter.copy_(value)
-        filled.add(id(parameter))
-    if misshapen:
-        raise MambaintError(
-            f"{source} has wrong shapes: {listed(misshapen)}", "give the configuration of these weights"
-        )
-
-
-def save_pretrained(model: nn.Module, config: MambaConfig, folder: Path) -> None:
-    """Write the weights and the configuration of a model to a folder, each file atomically."""
-    # Tied weights come once, under their first name.
-    tensors = {name: value.detach().contiguous().cpu() for name, value in model.named_parameters()}
-    with replacing(folder / WEIGHTS_FILE) as temporary:
-        save_file(tensors, temporary, {"format": "pt"})
-    document = {
-        "format": FORMAT,
-        "version": VERSION,
-        "architecture": type(model).__name__,
-        "model": config.to_dict(),
-    }
-    write_json(folder / CONFIG_FILE, document)
 
 
 def read_config(folder: Path) -> tuple[str, MambaConfig]:

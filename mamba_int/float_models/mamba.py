@@ -72,7 +72,8 @@ class MambaMixer(Mixer):
         return out
 
     def _normed(self, v: Tensor) -> Tensor:
-        return F.rms_norm(v.float(), v.shape[-1:], eps=self.config.BCdt_norm_epsilon).to(v.dtype)
+        wide = v.to(torch.promote_types(v.dtype, torch.float32))
+        return F.rms_norm(wide, v.shape[-1:], eps=self.config.BCdt_norm_epsilon).to(v.dtype)
 
     def state_shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
         c = self.config

@@ -58,7 +58,8 @@ class Mamba2Mixer(Mixer):
         B, C = (v.unflatten(-1, (c.n_groups, c.d_state)) for v in (B, C))
         limited = c.dt_limit_low > 0 or c.dt_limit_high > 0
         if limited:
-            dt = F.softplus(dt.float() + self.dt_bias).clamp(c.dt_limit_low, c.dt_limit_high or math.inf)
+            wide = torch.promote_types(dt.dtype, torch.float32)
+            dt = F.softplus(dt.to(wide) + self.dt_bias).clamp(c.dt_limit_low, c.dt_limit_high or math.inf)
         if mask is not None:
             dt = dt.masked_fill(~mask[..., None], 0.0 if limited else NO_STEP)
         with torch.autocast(x.device.type, enabled=False):

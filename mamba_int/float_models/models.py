@@ -22,10 +22,11 @@ from mamba_int.errors import MambaintError
 # Importing a mixer registers it.
 from mamba_int.float_models import complex_mamba, mamba, mamba2  # noqa: F401
 from mamba_int.float_models.cache import MambaCache
-from mamba_int.float_models.checkpoint import SafetensorsReader, load_parameters, read_config, save_pretrained
+from mamba_int.float_models.checkpoint import SafetensorsReader, read_config
 from mamba_int.float_models.config import MambaConfig, Pooling
 from mamba_int.float_models.decoder import FloatDecoder
 from mamba_int.float_models.mixer import MixerState, build_mixer
+from mamba_int.float_models.pretrained import load_parameters, save_pretrained
 from mamba_int.generation import Generation, generate
 from mamba_int.sampling import FloatSampler, SamplingConfig
 from triton_kernels.cross_entropy import IGNORED_LABEL, cross_entropy

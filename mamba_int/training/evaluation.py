@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -13,7 +14,15 @@ from torch.nn import functional
 from mamba_int.datasets import ClassificationData, TextData
 from mamba_int.errors import MambaintError
 from mamba_int.training.data_parallel import ALONE, Ranks
-from mamba_int.training.protocol import TrainableModel
+
+
+class Predictor(Protocol):
+    """What can be scored: real-valued logits of integer inputs, as a model in training has them."""
+
+    def __call__(self, inputs: Tensor) -> Tensor: ...
+
+    def eval(self) -> Any: ...
+
 
 _CLASSIFICATION_BATCH = 256
 _TOKENS_PER_BATCH = 8192
@@ -43,7 +52,7 @@ class Score:
 
 
 def evaluate(
-    model: TrainableModel,
+    model: Predictor,
     data: ClassificationData | TextData,
     split: str,
     device: torch.device,
@@ -80,7 +89,7 @@ def evaluate(
 
 
 def _evaluate_classes(
-    model: TrainableModel, inputs: Tensor, labels: Tensor, device: torch.device, ranks: Ranks
+    model: Predictor, inputs: Tensor, labels: Tensor, device: torch.device, ranks: Ranks
 ) -> Score:
     totals = torch.zeros(2, dtype=torch.float64, device=device)  # right answers, loss
     batch = _CLASSIFICATION_BATCH
@@ -95,7 +104,7 @@ def _evaluate_classes(
 
 
 def _evaluate_text(
-    model: TrainableModel,
+    model: Predictor,
     data: TextData,
     split: str,
     device: torch.device,

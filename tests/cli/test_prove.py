@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 
 from circuits.circuit import Circuit
-from cli.main import main
 from cli.proving import prepare
 from mamba_int.graph import Graph
 from mamba_int.interpreter import evaluate
 from tests.circuits_runtime.models import random_graph
+from tests.cli.conftest import Cli
 
 Capture = pytest.CaptureFixture[str]
 CLASSES = ["a", "b", "c", "d", "e"]
@@ -64,31 +64,6 @@ def folder(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     replace(graph, card={"task": "classification", "classes": CLASSES}).save(tmp_path / "model.mint")
     (tmp_path / "x.json").write_text(json.dumps({"input_data": [STEPS]}))
     return tmp_path
-
-
-class Cli:
-    """Runs commands in this process and keeps what they print."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
-        self.monkeypatch, self.capsys = monkeypatch, capsys
-
-    def __call__(self, *arguments: str) -> tuple[int, str, str]:
-        self.monkeypatch.setattr(sys, "argv", ["mambaint", *arguments])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        out, err = self.capsys.readouterr()
-        return int(stop.value.code or 0), out, err
-
-    def json(self, *arguments: str) -> dict[str, Any]:
-        code, out, err = self(*arguments, "--json")
-        assert code in (0, 1), err
-        result: dict[str, Any] = json.loads(out)
-        return result
-
-
-@pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> Cli:
-    return Cli(monkeypatch, capsys)
 
 
 def test_proof_states_the_interpreters_logits_and_hides_the_input(folder: Path, cli: Cli) -> None:

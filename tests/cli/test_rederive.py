@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from cli.main import main
 from mamba_int.files import canonical_json
 from mamba_int.graph import Graph
 from tests.circuits.conftest import GRAPHS
+from tests.cli.conftest import Cli
 from zk.package import read_package
 from zk.proof import decode_proof
 from zk.rederive import OTHER_KEY, package_fault
@@ -33,32 +33,6 @@ def sibling(graph: Graph) -> Graph:
     weight[0, 0] = 1 if weight[0, 0] != 1 else 0
     nodes[where] = replace(nodes[where], constants={**nodes[where].constants, "weight": weight})
     return graph.with_nodes(nodes)
-
-
-class Cli:
-    """Runs commands in this process; a fault is a code and a line."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
-        self.monkeypatch, self.capsys = monkeypatch, capsys
-
-    def __call__(self, *arguments: str) -> tuple[int, str, str]:
-        self.monkeypatch.setattr(sys, "argv", ["mambaint", *arguments])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        out, err = self.capsys.readouterr()
-        return int(stop.value.code or 0), out, err
-
-    def verify(self, proof: str, *arguments: str) -> dict[str, Any]:
-        code, out, err = self("verify", proof, *arguments, "--json")
-        assert code in (0, 1), err
-        result: dict[str, Any] = json.loads(out)
-        assert result["valid"] == (code == 0)
-        return result
-
-
-@pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> Cli:
-    return Cli(monkeypatch, capsys)
 
 
 @pytest.fixture(scope="module")

@@ -310,7 +310,6 @@ def test_missing_tensorboard_is_one_line_with_its_remedy(
 
 
 def test_tensorboard_gets_every_row(tmp_path: Path) -> None:
-    pytest.importorskip("torch.utils.tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     fit(tmp_path, tensorboard=True)

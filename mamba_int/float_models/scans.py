@@ -232,22 +232,23 @@ def _chunked_state_space_duality(
     values = _chunks(x.to(wide).unflatten(2, (groups, -1)), chunk)
     steps = _chunks(step.unflatten(2, (groups, -1)), chunk)
     keys, queries = (_chunks(v.to(wide), chunk) for v in (B, C))
-    since = (steps * A.to(wide).unflatten(0, (groups, -1))).cumsum(2)
-    total = since[:, :, -1]
-    weighted = values * (torch.exp((total[:, :, None] - since).clamp(max=0)) * steps)[..., None]
+    exponents = (steps * A.to(wide).unflatten(0, (groups, -1))).movedim(2, -1)
+    # Sums of the exponents after s through t, [..., t, s]; differences of large sums would lose their digits.
+    causal = torch.ones(chunk, chunk, dtype=torch.bool, device=x.device).tril()
+    between = exponents[..., None].expand(*exponents.shape, chunk)
+    between = between.masked_fill(~causal.tril(-1), 0).cumsum(-2)
+    weighted = values * (torch.exp(between[..., -1, :]).movedim(-1, 2) * steps)[..., None]
+    total = exponents.sum(-1)
     added = torch.einsum("bcsgrp,bcsgn->bcgrpn", weighted, keys)
     start = added.new_zeros(x.shape[0], groups, heads // groups, headdim, d_state)
     if initial_state is not None:
         start = initial_state.to(wide).unflatten(1, (groups, -1))
     starts, end = _carry(added, torch.exp(total)[..., None, None], start)
     similarity = torch.einsum("bctgn,bcsgn->bcgts", queries, keys)
-    within = since.movedim(2, -1)
-    exponent = (within[..., :, None] - within[..., None, :]).clamp(max=0)
-    causal = torch.ones(chunk, chunk, dtype=torch.bool, device=x.device).tril()
-    decay = torch.exp(exponent.masked_fill(~causal, -math.inf)) * steps.movedim(2, -1)[..., None, :]
+    decay = torch.exp(between).masked_fill(~causal, 0) * steps.movedim(2, -1)[..., None, :]
     y = torch.einsum("bcgts,bcgrts,bcsgrp->bctgrp", similarity, decay, values)
     before = torch.einsum("bctgn,bcgrpn->bctgrp", queries, starts)
-    y = y + before * torch.exp(since)[..., None]
+    y = y + before * torch.exp(exponents.cumsum(-1)).movedim(-1, 2)[..., None]
     y = y.flatten(1, 2)[:, :length].flatten(2, 3)
     if D is not None:
         y = y + D.to(wide)[:, None] * x.to(wide)

@@ -5,10 +5,21 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-from mamba_int.decoder import Decoder
+from torch import Tensor
+
 from mamba_int.errors import MambaintError
-from mamba_int.sampling import Sampler
+
+
+class PromptDecoder(Protocol):
+    """A batch of sequences: :class:`~mamba_int.decoder.Decoder`, or that of the float models."""
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Start all sequences anew; logits [batch, vocabulary] after the prompts."""
+
+    def step(self, tokens: Tensor, /) -> Tensor:
+        """Logits [batch, vocabulary] after one more token of each."""
 
 
 @dataclass
@@ -34,9 +45,9 @@ class Generation:
 
 
 def generate(
-    decoder: Decoder,
+    decoder: PromptDecoder,
     prompts: Sequence[Sequence[int]],
-    sampler: Sampler,
+    sampler: Callable[[Tensor], Tensor],
     max_tokens: int,
     stop_tokens: Collection[int] = (),
     on_token: Callable[[int, int], bool] | None = None,
@@ -48,7 +59,7 @@ def generate(
     Args:
         decoder: as many sequences as there are prompts; they are started anew.
         prompts: token ids, at least one each.
-        sampler: of the same batch and device.
+        sampler: of the same batch and device; token ids [batch] from logits.
         max_tokens: most new tokens of a sequence.
         stop_tokens: a sequence ends before one of these, which is not part of it.
         on_token: called with the sequence and its new token as soon as it is known; True ends that sequence

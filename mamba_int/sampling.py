@@ -1,4 +1,4 @@
-"""Choosing tokens from integer logits, in integers: the same tokens in any batch and on any device."""
+"""Choosing tokens from logits, in integers: the same in any batch, from integer logits also on any device."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Sampler:
         self.config = config
         if config.temperature == 0:
             return
-        self._generators = [np.random.default_rng([config.seed, row]) for row in range(batch)]
+        self._generators = row_generators(config, batch)
         logits = graph.types[graph.output]
         step = 2.0 ** -graph.by_name[graph.output].frac / config.temperature
         # From here on a weight rounds to 0.
@@ -94,17 +94,54 @@ class Sampler:
         # Stable: of equal logits the first token comes first.
         ordered, tokens = logits.sort(stable=True, dim=-1, descending=True)
         distance = (ordered[:, :1] - ordered).clamp(max=len(self._weights) - 1)
-        weights = self._weights[distance]
-        if self.config.top_k:
-            weights[:, self.config.top_k :] = 0
-        if self.config.top_p < 1:
-            before = weights.cumsum(-1) - weights
-            weights = weights * (before < weights.sum(-1, keepdim=True) * self.config.top_p)
-        sums = weights.cumsum(-1)
-        total = sums[:, -1:]
-        uniform = torch.tensor([[generator.random()] for generator in self._generators], dtype=torch.float64)
-        drawn = (uniform.to(logits.device) * total).long()
-        # The product may round up to the sum itself.
-        place = (sums <= torch.minimum(drawn, total - 1)).sum(-1, keepdim=True)
-        chosen: Tensor = tokens.gather(-1, place)[:, 0]
-        return chosen
+        return tokens.gather(-1, draw(self._weights[distance], self.config, self._generators))[:, 0]
+
+
+class FloatSampler:
+    """As :class:`Sampler`, from the float logits of a float model; the weights are rounded to 2^-32.
+
+    Args:
+        config: how to choose.
+        batch: number of sequences.
+    """
+
+    def __init__(self, config: SamplingConfig, batch: int) -> None:
+        self.config = config
+        self._generators = row_generators(config, batch)
+
+    @torch.inference_mode()
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Token ids int64 [batch] from logits [batch, vocabulary].
+
+        Raises:
+            MambaintError: if a largest logit is not finite.
+        """
+        ordered, tokens = logits.double().sort(stable=True, dim=-1, descending=True)
+        # NaN counts as the largest.
+        if not torch.isfinite(ordered[:, 0]).all():
+            raise MambaintError("the logits are not finite", "check the weights of the model")
+        if self.config.temperature == 0:
+            return tokens[:, 0]
+        likeliness = torch.exp((ordered - ordered[:, :1]) / self.config.temperature)
+        weights = torch.floor(likeliness * 2.0**WEIGHT_BITS + 0.5).long()
+        return tokens.gather(-1, draw(weights, self.config, self._generators))[:, 0]
+
+
+def row_generators(config: SamplingConfig, batch: int) -> list[np.random.Generator]:
+    """A generator of random numbers for every row, seeded by the config's seed and the row."""
+    return [np.random.default_rng([config.seed, row]) for row in range(batch)]
+
+
+def draw(weights: Tensor, config: SamplingConfig, generators: list[np.random.Generator]) -> Tensor:
+    """A place [batch, 1] in each row of int64 weights [batch, vocabulary], which are in falling order."""
+    if config.top_k:
+        weights[:, config.top_k :] = 0
+    if config.top_p < 1:
+        before = weights.cumsum(-1) - weights
+        weights = weights * (before < weights.sum(-1, keepdim=True) * config.top_p)
+    sums = weights.cumsum(-1)
+    total = sums[:, -1:]
+    uniform = torch.tensor([[generator.random()] for generator in generators], dtype=torch.float64)
+    drawn = (uniform.to(weights.device) * total).long()
+    # The product may round up to the sum itself.
+    return (sums <= torch.minimum(drawn, total - 1)).sum(-1, keepdim=True)

@@ -7,7 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mamba_int.float_models.config import MambaConfig
-from mamba_int.float_models.mixer import NO_STEP, Mixer, MixerState, initial_step_bias, register_mixer
+from mamba_int.float_models.mixer import (
+    NO_STEP,
+    Mixer,
+    MixerState,
+    initial_step_bias,
+    negative_exponential,
+    register_mixer,
+)
 from mamba_int.float_models.scans import SELECTIVE_SCANS
 from triton_kernels.activation import activate
 
@@ -48,7 +55,7 @@ class MambaMixer(Mixer):
             y, last = SELECTIVE_SCANS[c.scan_type](
                 u,
                 delta,
-                -torch.exp(self.A_log.float() if self.A_log.dtype != torch.float64 else self.A_log),
+                negative_exponential(self.A_log),
                 B,
                 C,
                 self.D,
@@ -58,14 +65,15 @@ class MambaMixer(Mixer):
                 None if state is None else state["ssm_state"],
             )
         if state is not None:
-            state["ssm_state"].copy_(last)
+            state["ssm_state"].copy_(last.detach())
         if not fused:
             y = y * activate(z, c.gate_activation)
         out: Tensor = self.out_proj(y)
         return out
 
     def _normed(self, v: Tensor) -> Tensor:
-        return F.rms_norm(v.float(), v.shape[-1:], eps=self.config.BCdt_norm_epsilon).to(v.dtype)
+        wide = v.to(torch.promote_types(v.dtype, torch.float32))
+        return F.rms_norm(wide, v.shape[-1:], eps=self.config.BCdt_norm_epsilon).to(v.dtype)
 
     def state_shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
         c = self.config

@@ -9,7 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mamba_int.float_models.config import MambaConfig
-from mamba_int.float_models.mixer import NO_STEP, Mixer, MixerState, initial_step_bias, register_mixer
+from mamba_int.float_models.mixer import (
+    NO_STEP,
+    Mixer,
+    MixerState,
+    initial_step_bias,
+    negative_exponential,
+    register_mixer,
+)
 from mamba_int.float_models.scans import STATE_SPACE_DUALITIES
 from triton_kernels.rms_norm import gated_rms_norm
 
@@ -51,14 +58,15 @@ class Mamba2Mixer(Mixer):
         B, C = (v.unflatten(-1, (c.n_groups, c.d_state)) for v in (B, C))
         limited = c.dt_limit_low > 0 or c.dt_limit_high > 0
         if limited:
-            dt = F.softplus(dt.float() + self.dt_bias).clamp(c.dt_limit_low, c.dt_limit_high or math.inf)
+            wide = torch.promote_types(dt.dtype, torch.float32)
+            dt = F.softplus(dt.to(wide) + self.dt_bias).clamp(c.dt_limit_low, c.dt_limit_high or math.inf)
         if mask is not None:
             dt = dt.masked_fill(~mask[..., None], 0.0 if limited else NO_STEP)
         with torch.autocast(x.device.type, enabled=False):
             y, last = STATE_SPACE_DUALITIES[c.scan_type](
                 values,
                 dt,
-                -torch.exp(self.A_log.float() if self.A_log.dtype != torch.float64 else self.A_log),
+                negative_exponential(self.A_log),
                 B,
                 C,
                 None if c.D_has_hdim else self.D,
@@ -67,7 +75,7 @@ class Mamba2Mixer(Mixer):
                 None if state is None else state["ssm_state"],
             )
         if state is not None:
-            state["ssm_state"].copy_(last)
+            state["ssm_state"].copy_(last.detach())
         if c.D_has_hdim:
             y = y + (self.D.view(c.n_heads, c.headdim) * values).to(y.dtype)
         groups = c.n_groups if c.norm_per_group else 1

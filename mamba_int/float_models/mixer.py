@@ -52,7 +52,7 @@ class Mixer(nn.Module):
         raise NotImplementedError
 
     def state_shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
-        """Shape without batch, and dtype (None: that of the activations), of every state."""
+        """Shape without batch of every state, and its least dtype (None: that of the activations)."""
         raise NotImplementedError
 
     def complexity(self, length: int) -> int:
@@ -62,8 +62,13 @@ class Mixer(nn.Module):
     def new_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> MixerState:
         """The state before the first step: zeros."""
         return {
-            name: torch.zeros(batch, *shape, device=device, dtype=own or dtype)
-            for name, (shape, own) in self.state_shapes().items()
+            name: torch.zeros(
+                batch,
+                *shape,
+                device=device,
+                dtype=dtype if least is None else torch.promote_types(least, dtype),
+            )
+            for name, (shape, least) in self.state_shapes().items()
         }
 
     # -- the convolution that every mixer here begins with ------------------------------------------------
@@ -90,9 +95,9 @@ class Mixer(nn.Module):
         joined = torch.cat([memory.to(x.dtype), x], 1)
         y = causal_conv1d(joined, weight, conv1d.bias, activation)[:, width:]
         if mask is None:
-            memory.copy_(joined[:, joined.shape[1] - width :])
+            memory.copy_(joined[:, joined.shape[1] - width :].detach())
         elif width:
-            memory.copy_(_last_inputs(joined, mask, width))
+            memory.copy_(_last_inputs(joined, mask, width).detach())
         return y
 
 
@@ -110,6 +115,11 @@ def initial_step_bias(shape: int, config: MambaConfig) -> Tensor:
     step = torch.exp(torch.rand(shape) * (high - low) + low).clamp(min=config.dt_init_floor)
     # The inverse of softplus: log(e^x - 1) = x + log(1 - e^-x).
     return step + torch.log(-torch.expm1(-step))
+
+
+def negative_exponential(A_log: Tensor) -> Tensor:
+    """The rates A = -exp(A_log), in at least float32."""
+    return -torch.exp(A_log.to(torch.promote_types(A_log.dtype, torch.float32)))
 
 
 MIXERS: dict[str, type[Mixer]] = {}

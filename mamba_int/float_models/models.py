@@ -7,21 +7,30 @@ parameters, the residual stream, states and sums stay float32.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-# Importing a mixer registers it.
-from mamba_int.float_models import mamba, mamba2  # noqa: F401
-from mamba_int.float_models.config import MambaConfig
-from mamba_int.float_models.mixer import MixerState, build_mixer
-from triton_kernels.rms_norm import add_rms_norm
+from mamba_int.errors import MambaintError
 
-IGNORED_LABEL = -100
-"""Labels of this value are not counted in a loss."""
+# Importing a mixer registers it.
+from mamba_int.float_models import complex_mamba, mamba, mamba2  # noqa: F401
+from mamba_int.float_models.cache import MambaCache
+from mamba_int.float_models.checkpoint import SafetensorsReader, read_config
+from mamba_int.float_models.config import MambaConfig, Pooling
+from mamba_int.float_models.decoder import FloatDecoder
+from mamba_int.float_models.mixer import MixerState, build_mixer
+from mamba_int.float_models.pretrained import load_parameters, save_pretrained
+from mamba_int.generation import Generation, generate
+from mamba_int.sampling import FloatSampler, SamplingConfig
+from triton_kernels.cross_entropy import IGNORED_LABEL, cross_entropy
+from triton_kernels.rms_norm import add_rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -85,25 +94,146 @@ class MambaBackbone(nn.Module):
                     parameter.div_(c.n_layer**0.5)
 
     def forward(
-        self, inputs: Tensor, attention_mask: Tensor | None = None, states: list[MixerState] | None = None
+        self, inputs: Tensor, attention_mask: Tensor | None = None, cache: MambaCache | None = None
     ) -> Tensor:
         """Hidden states [batch, T, d_model] of token ids [batch, T], or of reals [batch, T, n_features].
 
         Args:
             inputs: the steps.
             attention_mask: [batch, T], zero where a step is padding, left or right.
-            states: of all layers, for the steps before these; they are advanced in place.
+            cache: of the steps before these; it is brought to the last of these, without gradients.
         """
         mask = None if attention_mask is None else attention_mask.bool()
         x, residual = self.embeddings(inputs), None
         for i, layer in enumerate(self.layers):
-            state = None if states is None else states[i]
+            state = None if cache is None else cache.layers[i]
             if self.gradient_checkpointing and self.training and state is None:
                 x, residual = checkpoint(layer, x, residual, mask, None, use_reentrant=False)
             else:
                 x, residual = layer(x, residual, mask, state)
+        if cache is not None:
+            cache.advance(inputs.shape[1], mask)
         hidden: Tensor = self.norm_f(x, residual)[0]
         return hidden
+
+
+def pool(hidden: Tensor, pooling: Pooling, attention_mask: Tensor | None = None) -> Tensor:
+    """One vector [batch, d_model] for each sequence of hidden states [batch, T, d_model].
+
+    Args:
+        hidden: of all steps.
+        pooling: the ``last`` step, or the ``mean`` or ``max`` of all.
+        attention_mask: [batch, T], zero where a step is padding, left or right, which does not count. A
+            sequence of nothing but padding gives zeros.
+    """
+    if attention_mask is None:
+        if pooling == "last":
+            return hidden[:, -1]
+        return hidden.mean(1) if pooling == "mean" else hidden.amax(1)
+    mask = attention_mask.bool()
+    if pooling == "last":
+        steps = torch.arange(mask.shape[1], device=mask.device)
+        last = (steps * mask).amax(1)
+        pooled = hidden[torch.arange(len(hidden), device=mask.device), last]
+    elif pooling == "mean":
+        pooled = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+    else:
+        pooled = hidden.masked_fill(~mask[..., None], -torch.inf).amax(1)
+    return torch.where(mask.any(1, keepdim=True), pooled, 0.0).to(hidden.dtype)
+
+
+class MambaModel(nn.Module):
+    """A backbone and what stands on it; the base of the three models."""
+
+    def __init__(self, config: MambaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = MambaBackbone(config)
+
+    def new_cache(self, batch: int) -> MambaCache:
+        """An empty cache for so many sequences."""
+        parameter = next(self.parameters())
+        mixers = [layer.mixer for layer in self.backbone.layers if isinstance(layer, MambaBlock)]
+        return MambaCache(mixers, batch, parameter.device, parameter.dtype)
+
+    def parameter_roles(self) -> dict[str, list[nn.Parameter]]:
+        """Every parameter once: ``matrices`` (projections), ``embeddings``, ``decays``, ``small`` ones."""
+        roles: dict[str, list[nn.Parameter]] = {"matrices": [], "embeddings": [], "decays": [], "small": []}
+        for name, parameter in self.named_parameters():
+            key = name.rpartition(".")[2]
+            if name == "backbone.embeddings.weight" and not self.config.n_features:
+                roles["embeddings"].append(parameter)
+            elif key in ("A_log", "A_imag", "dt_bias") or name.endswith("dt_proj.bias"):
+                roles["decays"].append(parameter)
+            else:
+                matrix = key == "weight" and parameter.ndim == 2
+                roles["matrices" if matrix else "small"].append(parameter)
+        return roles
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write ``config.json`` and ``model.safetensors`` to a folder."""
+        save_pretrained(self, self.config, folder)
+
+    @classmethod
+    def from_pretrained(cls, folder: Path) -> Self:
+        """Read what :meth:`save_pretrained` wrote; the weights may be in shards. The model is in eval mode.
+
+        Raises:
+            MambaintError: for another architecture, weights that are missing, damaged, too many, of a wrong
+                shape or dtype, or not finite.
+        """
+        architecture, config = read_config(folder)
+        if architecture != cls.__name__:
+            raise MambaintError(
+                f"{folder} is a {architecture}", f"read it with {architecture}.from_pretrained"
+            )
+        model = cls(config)
+        load_parameters(model, SafetensorsReader(folder), str(folder))
+        return model.eval()
+
+
+@dataclass
+class FeatureOutput:
+    """Hidden states of all steps [batch, T, d_model], and the pooled ones [batch, d_model]."""
+
+    hidden: Tensor
+    pooled: Tensor
+
+
+class MambaForFeatureExtraction(MambaModel):
+    """Hidden states, of each step and of the whole sequence."""
+
+    def forward(
+        self, inputs: Tensor, attention_mask: Tensor | None = None, cache: MambaCache | None = None
+    ) -> FeatureOutput:
+        """See :meth:`MambaBackbone.forward`; what is pooled are the steps of this call."""
+        hidden = self.backbone(inputs, attention_mask, cache)
+        return FeatureOutput(hidden, pool(hidden, self.config.pooling, attention_mask))
+
+
+@dataclass
+class ClassificationOutput:
+    """Logits [batch, num_labels]; the mean loss in nats, if there were labels."""
+
+    logits: Tensor
+    loss: Tensor | None = None
+
+
+class MambaForSequenceClassification(MambaModel):
+    """One class for each sequence."""
+
+    def __init__(self, config: MambaConfig) -> None:
+        super().__init__(config)
+        self.dropout = nn.Dropout(config.dropout)
+        self.classifier = nn.Linear(config.d_model, config.num_labels)
+
+    def forward(
+        self, inputs: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None
+    ) -> ClassificationOutput:
+        """Logits, and the loss for ``labels``, int64 [batch]; see :meth:`MambaBackbone.forward`."""
+        pooled = pool(self.backbone(inputs, attention_mask), self.config.pooling, attention_mask)
+        logits = self.classifier(self.dropout(pooled))
+        return ClassificationOutput(logits, None if labels is None else cross_entropy(logits, labels))
 
 
 @dataclass
@@ -114,13 +244,15 @@ class CausalLMOutput:
     loss: Tensor | None = None
 
 
-class MambaForCausalLM(nn.Module):
+class MambaForCausalLM(MambaModel):
     """The language model: the next token of every step."""
 
     def __init__(self, config: MambaConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.backbone = MambaBackbone(config)
+        if config.n_features:
+            raise MambaintError(
+                f"[model] n_features = {config.n_features}", "a language model reads tokens: set it to 0"
+            )
+        super().__init__(config)
         self.lm_head = nn.Linear(config.d_model, config.padded_vocab_size, bias=False)
         if config.tie_embeddings:
             assert isinstance(self.backbone.embeddings, nn.Embedding)
@@ -131,7 +263,7 @@ class MambaForCausalLM(nn.Module):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
-        states: list[MixerState] | None = None,
+        cache: MambaCache | None = None,
     ) -> CausalLMOutput:
         """Logits, and the loss of predicting each label from the steps before it.
 
@@ -140,16 +272,16 @@ class MambaForCausalLM(nn.Module):
             attention_mask: [batch, T], zero where a token is padding, left or right.
             labels: int64 [batch, T], usually ``input_ids`` themselves: they are shifted here. Those equal to
                 ``IGNORED_LABEL`` and those of padding are not counted.
-            states: see :meth:`MambaBackbone.forward`.
+            cache: see :meth:`MambaBackbone.forward`.
         """
-        logits = self.logits(self.backbone(input_ids, attention_mask, states))
+        logits = self.logits(self.backbone(input_ids, attention_mask, cache))
         if labels is None:
             return CausalLMOutput(logits)
         if attention_mask is not None:
             labels = labels.masked_fill(attention_mask == 0, IGNORED_LABEL)
         # Shifting the labels instead of cutting the logits leaves those in one piece.
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED_LABEL)
+        loss = cross_entropy(logits.flatten(0, 1), targets.flatten())
         return CausalLMOutput(logits, loss)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -158,3 +290,32 @@ class MambaForCausalLM(nn.Module):
         if logits.shape[-1] == self.config.vocab_size:
             return logits
         return logits[..., : self.config.vocab_size]
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_tokens: int,
+        sampling: SamplingConfig | None = None,
+        stop_tokens: Collection[int] = (),
+        on_token: Callable[[int, int], bool] | None = None,
+        cuda_graph: bool = False,
+    ) -> Generation:
+        """Continue prompts of any lengths together; see ``mamba_int.generation.generate``.
+
+        Args:
+            prompts: token ids, at least one each.
+            max_tokens: most new tokens of a sequence.
+            sampling: how tokens are chosen; greedily if not given.
+            stop_tokens: a sequence ends before one of these.
+            on_token: called with the sequence and its new token at once; True ends that sequence.
+            cuda_graph: capture a step once and replay it, on a CUDA device.
+        """
+        training = self.training
+        self.eval()
+        try:
+            decoder = FloatDecoder(self, len(prompts), cuda_graph)
+            sampler = FloatSampler(sampling or SamplingConfig(temperature=0.0), len(prompts))
+            return generate(decoder, prompts, sampler, max_tokens, stop_tokens, on_token)
+        finally:
+            self.train(training)

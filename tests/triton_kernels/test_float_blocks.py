@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tests.triton_kernels.float_scans import Random, assert_close, errors
 from triton_kernels.causal_conv1d import causal_conv1d, causal_conv1d_reference
+from triton_kernels.cross_entropy import IGNORED_LABEL, cross_entropy, cross_entropy_reference
 from triton_kernels.rms_norm import (
     add_rms_norm,
     add_rms_norm_reference,
@@ -127,7 +128,7 @@ def gated_errors(
 @settings(max_examples=12, deadline=None)
 @given(
     rows=st.sampled_from([1, 3, 70]),
-    width=st.sampled_from([3, 24, 130]),
+    width=st.sampled_from([8, 24, 130]),
     groups=st.sampled_from([1, 3]),
     activation=st.sampled_from(ACTIVATIONS),
 )
@@ -135,6 +136,34 @@ def test_groups_or_gates_are_mixed_up_in_the_gated_norm(
     rows: int, width: int, groups: int, activation: str
 ) -> None:
     assert_close(gated_errors(rows, width, groups, activation, torch.float32), 1e-5)
+
+
+def loss_errors(rows: int, classes: int, dtype: torch.dtype, device: str = "cpu") -> dict[str, float]:
+    """Logits are a slice of longer rows, as where a vocabulary is padded; some targets are not counted."""
+    random = Random(rows, device)
+    targets = torch.randint(classes, (rows,), generator=torch.Generator().manual_seed(rows)).to(device)
+    targets[1::3] = IGNORED_LABEL
+
+    def over(loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
+        return paired(lambda padded: loss(padded[:, :classes], targets))
+
+    operands = {"padded": random(rows, classes + 3, dtype=dtype) * 10}
+    gradient = torch.tensor(3.0, device=device)
+    return errors(over(cross_entropy), over(cross_entropy_reference), operands, (gradient, None))
+
+
+@pytest.mark.parametrize(("rows", "classes"), [(1, 1), (7, 5), (4, 2048), (5, 4101)])
+def test_the_loss_is_wrong_at_the_bounds_of_blocks_or_counts_ignored_rows(rows: int, classes: int) -> None:
+    assert_close(loss_errors(rows, classes, torch.float32), 1e-5)
+
+
+def test_the_loss_overflows() -> None:
+    logits = torch.tensor([[1e4, -1e4, 0.0], [-3e4, -3e4, -3e4]])
+    assert cross_entropy(logits, torch.tensor([1, 2])) == pytest.approx((2e4 + 1.0986123) / 2)
+
+
+def test_a_target_that_is_no_class_reads_foreign_memory() -> None:
+    assert torch.isnan(cross_entropy(torch.zeros(2, 3), torch.tensor([0, 3])))
 
 
 @pytest.mark.parametrize(
@@ -158,3 +187,4 @@ def test_compiled_kernels_differ_from_float64(dtype: torch.dtype, bound: float, 
     assert_close(conv_errors(1000, 768, 4, True, activation, dtype, "cuda"), bound)
     assert_close(gated_errors(500, 1536, 2, activation, dtype, "cuda"), bound)
     assert_close(add_norm_errors(2000, 768, True, 2, dtype, "cuda"), bound)
+    assert_close(loss_errors(500, 10000, dtype, "cuda"), bound)

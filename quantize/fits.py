@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -123,12 +124,95 @@ def fit_table(curve: Curve, low: int, high: int, index_frac: int, frac: int, lim
     Returns:
         The table and its error.
     """
-    below, middle, above = _cells(low, high, index_frac)
+    _, middle, _ = _cells(low, high, index_frac)
     values = np.clip(_round(curve.evaluate(middle) * 2.0**frac), -limit, limit)
+    return TableFit(low, values, _error(curve, low, values, index_frac, frac))
+
+
+def _error(curve: Curve, low: int, values: IntArray, index_frac: int, frac: int) -> float:
+    """The largest distance between an entry and the function over the entry's cell."""
+    below, _, above = _cells(low, low + len(values) - 1, index_frac)
     smallest, largest = curve.extremes(below, above)
     real = values * 2.0**-frac
     error = max(float((real - smallest).max()), float((largest - real).max()))
-    return TableFit(low, values, error + ROUNDING * max(1.0, float(np.abs(real).max())))
+    return error + ROUNDING * max(1.0, float(np.abs(real).max()))
+
+
+@dataclass(frozen=True)
+class PiecewiseFit:
+    """A function as straight lines: offset + sum_i slopes[i] max(x - knots[i], 0), rounded and saturated.
+
+    Attributes:
+        knots: indices, the first is the first of the range.
+        slopes: what each adds to the slope, at ``slope_frac`` places. offset: at the first knot, likewise.
+        slope_frac: binary places before the rounding.
+        table: what it gives at every index, and its error.
+    """
+
+    knots: tuple[int, ...]
+    slopes: tuple[int, ...]
+    offset: int
+    slope_frac: int
+    table: TableFit
+
+
+def fit_piecewise(
+    curve: Curve, low: int, high: int, index_frac: int, frac: int, limit: int, pieces: int
+) -> PiecewiseFit:
+    """At most ``pieces`` straight lines between points of a function.
+
+    The knots are those of the smallest tolerance at which longest pieces from the left suffice; that the
+    lines and their roundings are near is not argued but computed, at every index.
+
+    Args:
+        pieces: at least 1. The others are :func:`fit_table`'s.
+    """
+    _, middle, _ = _cells(low, high, index_frac)
+    exact = curve.evaluate(middle)
+    coarse, fine = float(exact.max() - exact.min()) + ROUNDING, 0.0
+    ends = [0, len(exact) - 1]
+    for _ in range(24):
+        tolerance = (coarse + fine) / 2
+        found = _longest_pieces(exact, tolerance, pieces)
+        if found is None:
+            fine = tolerance
+        else:
+            coarse, ends = tolerance, found
+    # A slope is off by half its unit, over a piece by less than half a unit of the result.
+    slope_frac = frac + len(exact).bit_length()
+    steep = [(exact[b] - exact[a]) / (b - a) if b > a else 0.0 for a, b in pairwise(ends)]
+    whole = _round(np.array(steep) * 2.0**slope_frac)
+    slopes = np.diff(whole, prepend=0)
+    knots = np.array(ends[:-1], np.int64)
+    offset = int(_round(exact[:1] * 2.0**slope_frac)[0])
+    total = offset + (np.maximum(np.arange(len(exact))[:, None] - knots, 0) * slopes).sum(1)
+    places = slope_frac - frac
+    values = np.clip((total + (1 << places >> 1)) >> places, -limit, limit)
+    table = TableFit(low, values, _error(curve, low, values, index_frac, frac))
+    kept = [i for i, slope in enumerate(slopes) if slope or i == 0]
+    return PiecewiseFit(
+        tuple(int(knots[i]) + low for i in kept),
+        tuple(int(slopes[i]) for i in kept),
+        offset,
+        slope_frac,
+        table,
+    )
+
+
+def _longest_pieces(exact: FloatArray, tolerance: float, pieces: int) -> list[int] | None:
+    """Ends of longest chords that leave no point further than the tolerance; None if they are too many."""
+    ends, last = [0], len(exact) - 1
+    while ends[-1] < last:
+        if len(ends) > pieces:
+            return None
+        a = ends[-1]
+        # Far chords may fit again where nearer ones do not: the furthest counts.
+        for b in range(last, a, -1):
+            chord = exact[a] + (exact[b] - exact[a]) / (b - a) * np.arange(b - a + 1)
+            if b == a + 1 or float(np.abs(chord - exact[a : b + 1]).max()) <= tolerance:
+                ends.append(b)
+                break
+    return ends if last else [0, 0]
 
 
 @dataclass(frozen=True)

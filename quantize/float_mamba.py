@@ -26,7 +26,7 @@ from mamba_int.float_models.mamba2 import Mamba2Mixer
 from mamba_int.float_models.models import MambaForSequenceClassification, RMSNorm
 from mamba_int.graph import Graph
 from quantize.calibration import FloatModel, Observations, Observed, Progress, calibrate, mixers
-from quantize.fits import ACTIVATIONS, DecayFit, TableFit, fit_decay, fit_table, log_step
+from quantize.fits import ACTIVATIONS, DecayFit, TableFit, fit_decay, fit_piecewise, fit_table, log_step
 from quantize.graph_builder import GraphBuilder
 from quantize.scales import (
     FloatArray,
@@ -42,6 +42,8 @@ from quantize.scan_fit import ScanShape, fit_scan
 
 SPREAD = 4
 """Most places between the coarsest and the finest scale of rows, channels or heads."""
+LOWEST = -16.0
+"""What activations make of less is as good as zero."""
 NORM_ROOM = 2
 """Binary orders of root mean squares beyond those seen, each way, that a norm still takes exactly."""
 
@@ -76,7 +78,10 @@ class ConversionConfig:
         activation_bits: of what matrices and the scan's B and C are multiplied with.
         internal_bits: of what is only multiplied elementwise: inputs of convolutions, y and its gating.
         residual_bits: of the residual stream.
-        table_bits: of the index of a table. In a circuit every element pays for every entry.
+        norm_bits: of a norm's sum of squares once it is bounded, which in a circuit a lookup must hold.
+        index_bits: of the index of an activation. pieces: straight lines that an activation is made of, or 0
+            for a table: in a circuit every element pays for every entry of a table, but once for a line.
+        decay_index_bits: of the indices of step size and decay, always of tables.
         decay_bits, A_bits: of a decay and of products of decays; see ``mamba_int.operations.ssd``.
         scan_bits: of x in the scan. gain_bits: of dt / (1 - a).
         chunk_size: steps of a chunk of the scan.
@@ -91,7 +96,10 @@ class ConversionConfig:
     activation_bits: int = 8
     internal_bits: int = 12
     residual_bits: int = 15
-    table_bits: int = 10
+    norm_bits: int = 29
+    index_bits: int = 10
+    pieces: int = 0
+    decay_index_bits: int = 10
     decay_bits: int = 12
     A_bits: int = 16
     scan_bits: int = 10
@@ -107,7 +115,10 @@ class ConversionConfig:
             "activation_bits": (3, 12),
             "internal_bits": (4, 16),
             "residual_bits": (6, 20),
-            "table_bits": (4, 10),
+            "norm_bits": (8, 40),
+            "index_bits": (4, 10),
+            "pieces": (0, 64),
+            "decay_index_bits": (4, 10),
             "decay_bits": (2, 20),
             "A_bits": (self.decay_bits, 24),
             "scan_bits": (3, 16),
@@ -139,7 +150,10 @@ class ConversionConfig:
 PROVABLE = ConversionConfig(
     internal_bits=8,
     residual_bits=12,
-    table_bits=8,
+    norm_bits=16,
+    index_bits=8,
+    pieces=8,
+    decay_index_bits=6,
     decay_bits=8,
     A_bits=12,
     scan_bits=8,
@@ -154,7 +168,7 @@ class Conversion:
 
     Attributes:
         graph: the integer model.
-        tables: every activation's table, by the name of its node.
+        tables: what every activation is at each of its indices, by the name of its node.
         decays: the tables of every layer's decay and gain, by the name of the decay's node.
     """
 
@@ -338,12 +352,12 @@ class _Builder:
         factors = 1 << (finest - places)
         return b.add(name, "mul", f"{name}_rows", frac=f + finest, constants={"value": factors})
 
-    def _index(self, name: str, source: str, observed: Observed, low: float, high: float) -> str:
-        """Round to the index of a table that covers what was seen, and a tenth more, within low..high."""
-        b, entries = self.graph, 1 << self.c.table_bits
+    def _index(self, name: str, source: str, bits: int, low: float) -> str:
+        """Round to an index that covers what was seen, and a tenth more, from ``low`` on."""
+        b, entries, observed = self.graph, 1 << bits, self.seen[name]
         slack = (observed.high - observed.low) / 10
-        bottom, top = max(observed.low - slack, low), min(observed.high + slack, high)
-        bottom, top = min(bottom, high - 1), max(top, low + 1, bottom + 2.0**-8)
+        bottom = max(observed.low - slack, low)
+        top = max(observed.high + slack, bottom + 1)
         # Rounding the ends may take an entry more.
         frac = min(math.floor(math.log2((entries - 2) / (top - bottom))), b.frac[source])
         first, last = math.floor(bottom * 2.0**frac), math.ceil(top * 2.0**frac)
@@ -353,9 +367,21 @@ class _Builder:
     def _activation(self, name: str, index: str, kind: str, frac: int, limit: int) -> str:
         b = self.graph
         tensor = b.types[index]
-        fit = fit_table(ACTIVATIONS[kind], tensor.low, tensor.high, b.frac[index], frac, limit)
-        self.tables[name] = fit
-        return b.add(name, "table", index, frac=frac, constants={"values": fit.values}, low=fit.low)
+        curve, index_frac = ACTIVATIONS[kind], b.frac[index]
+        if not self.c.pieces:
+            fit = fit_table(curve, tensor.low, tensor.high, index_frac, frac, limit)
+            self.tables[name] = fit
+            return b.add(name, "table", index, frac=frac, constants={"values": fit.values}, low=fit.low)
+        lines = fit_piecewise(curve, tensor.low, tensor.high, index_frac, frac, limit, self.c.pieces)
+        self.tables[name] = lines.table
+        total, wide = "", lines.slope_frac
+        for i, (knot, slope) in enumerate(zip(lines.knots, lines.slopes, strict=True)):
+            above = b.add(f"{name}_from{i}", "sub", index, frac=index_frac, constants={"value": knot})
+            above = b.add(f"{name}_above{i}", "relu", above, frac=index_frac)
+            line = b.add(f"{name}_line{i}", "mul", above, frac=wide, constants={"value": slope})
+            total = b.add(f"{name}_lines{i}", "add", total, line, frac=wide) if total else line
+        total = b.add(f"{name}_lines", "add", total, frac=wide, constants={"value": lines.offset})
+        return b.requantize(name, total, frac, limit)
 
     def _norm(
         self, name: str, source: str, observed: str, eps: float, weight: FloatArray
@@ -382,11 +408,14 @@ class _Builder:
 
         mean = self.seen[f"{observed}.square"]
         unit = d * 4.0**square_frac
-        lowest = max(1, math.floor(mean.low * unit / 4.0**NORM_ROOM) + offset)
         highest = min(b.types[total].high, math.ceil(mean.high * unit * 4.0**NORM_ROOM) + offset)
-        total = b.saturate(f"{name}_bounded", total, min(lowest, highest), highest)
-        t = max(0, room - highest.bit_length())
-        scaled = b.shift(f"{name}_scaled", total, 2 * square_frac + t)
+        lower = max(0, highest.bit_length() + 1 - min(c.norm_bits, b.max_bits))
+        lowest = max(1, (math.floor(mean.low * unit / 4.0**NORM_ROOM) + offset) >> lower)
+        total = b.shift(f"{name}_rounded", total, 2 * square_frac - lower)
+        total = b.saturate(f"{name}_bounded", total, lowest, max(lowest, highest >> lower))
+        t = room - b.types[total].high.bit_length()
+        scaled = b.shift(f"{name}_scaled", total, 2 * square_frac - lower + t)
+        t -= lower
         root = b.add(f"{name}_root", "isqrt", scaled, frac=0)
         smallest = b.types[root].low
 
@@ -462,8 +491,7 @@ class _Builder:
 
         y_frac = min(self._places(self.seen[at("y")], c.internal_limit), b.frac[scan_y])
         y = b.requantize(at("y"), self._skip(layer, scan_y, x, mixer), y_frac, c.internal_limit)
-        # The interval of an activation of the gate; nothing beyond -16 is told from the limit.
-        z = self._index(at("z"), part("z_in", 0, E), self.seen[at("z")], -16.0, math.inf)
+        z = self._index(at("z"), part("z_in", 0, E), c.index_bits, LOWEST)
         gate_frac = self._places(self.seen[at("gate")], c.activation_limit)
         gate = self._activation(at("gate"), z, m.gate_activation, gate_frac, c.activation_limit)
         gated = b.add(at("gated_product"), "mul", y, gate, frac=y_frac + gate_frac)
@@ -492,7 +520,7 @@ class _Builder:
         tap_frac = places_for(float(np.abs(taps).max()), largest)
         constants = {"taps": rounded(taps, tap_frac), "bias": rounded(bias, frac + tap_frac)}
         linear = b.add(f"{at}_conv", "conv", x, frac=frac + tap_frac, constants=constants)
-        index = self._index(f"{at}_index", linear, self.seen[f"{at}_index"], -16.0, math.inf)
+        index = self._index(f"{at}_index", linear, c.index_bits, LOWEST)
         out = self._places(self.seen[at], c.activation_limit)
         return self._activation(at, index, self.model.config.activation, out, c.activation_limit)
 
@@ -505,8 +533,8 @@ class _Builder:
 
         # log(dt |A|) = log softplus(t) + log |A|
         seen = self.seen[at("decay_index")]
-        frac = math.floor(math.log2(((1 << c.table_bits) - 2) / max(seen.high - seen.low + 0.5, 1.0)))
-        t = self._index(at("dt_index"), dt, self.seen[at("step_index")], -math.inf, math.inf)
+        frac = math.floor(math.log2(((1 << c.decay_index_bits) - 2) / max(seen.high - seen.low + 0.5, 1.0)))
+        t = self._index(at("step_index"), dt, c.decay_index_bits, -math.inf)
         tensor = b.types[t]
         curve = log_step(m.dt_limit_low, m.dt_limit_high)
         fit = fit_table(curve, tensor.low, tensor.high, b.frac[t], frac, 1 << 14)

@@ -69,10 +69,11 @@ class ScanShape:
         """Whether the scan provably stays inside the budget."""
         inputs = [self.x, self.B, self.C, self.n] + ([self.B] if self.carried else [])
         try:
-            peak = OPERATIONS["ssd"].infer(self.node(attributes), inputs, self.seq_len).peak
+            y = OPERATIONS["ssd"].infer(self.node(attributes), inputs, self.seq_len)
         except ValueError:
             return False
-        return peak <= 1 << self.max_bits
+        # The shift of y that follows adds half of its unit.
+        return y.peak <= 1 << self.max_bits and y.magnitude <= 1 << (self.max_bits - 1)
 
 
 def fit_scan(shape: ScanShape) -> ScanFit:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantize.fits import ACTIVATIONS, fit_decay, fit_table, log_step
+from quantize.fits import ACTIVATIONS, fit_decay, fit_piecewise, fit_table, log_step
 
 FRACS = st.integers(0, 8)
 
@@ -61,6 +61,42 @@ def test_a_turning_point_inside_a_cell_counts() -> None:
 def test_saturation_counts_as_error() -> None:
     fit = fit_table(ACTIVATIONS["silu"], 0, 255, 4, 6, 127)
     assert fit.error >= float(ACTIVATIONS["silu"].evaluate(np.array([255.5 / 16]))[0]) - 127 / 64
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.sampled_from(sorted(ACTIVATIONS)),
+    FRACS,
+    st.integers(-2, 8),
+    st.integers(-200, 60),
+    st.integers(1, 260),
+    st.floats(0, 1),
+    st.sampled_from([127, 2047]),
+    st.integers(1, 9),
+)
+def test_lines_are_what_their_table_says_and_no_further_than_its_error(
+    name: str, index_frac: int, frac: int, low: int, entries: int, place: float, limit: int, pieces: int
+) -> None:
+    curve = ACTIVATIONS[name]
+    fit = fit_piecewise(curve, low, low + entries - 1, index_frac, frac, limit, pieces)
+    assert len(fit.knots) == len(fit.slopes) <= pieces and fit.knots[0] == low
+    lines = [
+        fit.offset + sum(slope * max(i - knot, 0) for knot, slope in zip(fit.knots, fit.slopes, strict=True))
+        for i in range(low, low + entries)
+    ]
+    rounded = [math.floor(line / 2 ** (fit.slope_frac - frac) + 0.5) for line in lines]
+    assert fit.table.values.tolist() == [min(max(value, -limit), limit) for value in rounded]
+    x = (low - 0.5 + place * (entries - 1e-9)) * 2.0**-index_frac
+    found = fit.table.values[index_of(x, index_frac) - low] * 2.0**-frac
+    assert abs(found - float(curve.evaluate(np.array([x]))[0])) <= fit.table.error
+
+
+def test_more_lines_are_nearer() -> None:
+    silu, counts = ACTIVATIONS["silu"], (2, 4, 8, 16)
+    errors = [fit_piecewise(silu, -128, 127, 4, 8, 1 << 12, n).table.error for n in counts]
+    exact = fit_table(silu, -128, 127, 4, 8, 1 << 12).error
+    assert errors == sorted(errors, reverse=True) and errors[0] > 0.2
+    assert exact <= errors[-1] < exact + 0.01
 
 
 @settings(max_examples=100, deadline=None)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from circuits.lowering import build_circuit
 from circuits.runtime.runner import OnnxRunner
 from mamba_int.errors import MambaintError
 from mamba_int.float_models.config import MambaConfig
@@ -17,6 +19,7 @@ from mamba_int.interpreter import evaluate
 from quantize.calibration import FloatModel, trace
 from quantize.equality import compare, torch_tracer
 from quantize.float_mamba import PROVABLE, Conversion, ConversionConfig, InputFormat, convert
+from zk.prove import mock
 
 SMALL: dict[str, Any] = {
     "mixer": "mamba2",
@@ -96,9 +99,11 @@ def test_the_traced_forward_is_the_models_own(name: str) -> None:
         torch.testing.assert_close(logits, model(reals).logits, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", FORMS)
-def test_backends_compute_the_same_integers_of_a_converted_model(name: str) -> None:
-    conversion, *_, integers = converted(name)
+@pytest.mark.parametrize(
+    ("name", "config"), [*((name, ConversionConfig()) for name in FORMS), ("last", PROVABLE)]
+)
+def test_backends_compute_the_same_integers_of_a_converted_model(name: str, config: ConversionConfig) -> None:
+    conversion, *_, integers = converted(name, config)
     graph = conversion.graph
     runner = OnnxRunner(graph)
 
@@ -129,6 +134,26 @@ def test_the_provable_bits_hold_24_and_still_follow_the_model() -> None:
     conversion = converted("last", PROVABLE)
     assert conversion[0].graph.max_bits <= 24
     assert noise(*conversion) < 0.1
+
+
+def test_the_circuit_accepts_a_converted_models_witness_and_no_other_class() -> None:
+    tiny = {"n_features": 1, "d_model": 4, "headdim": 4, "d_state": 2, "n_layer": 1, "num_labels": 2}
+    torch.manual_seed(0)
+    model = MambaForSequenceClassification(MambaConfig(**(SMALL | tiny)))
+    integers = torch.randint(FORMAT.low, FORMAT.high + 1, (8, 3, 1))
+    config = dataclasses.replace(PROVABLE, pieces=4, decay_index_bits=4)
+    graph = convert(model, integers * 2.0**-FORMAT.frac, FORMAT, config).graph
+    lowered = build_circuit(graph)
+    truth: dict[str, IntArray] = {}
+    evaluate(graph, integers[:1].numpy(), truth)
+    tensors: dict[str, Any] = {}
+    honest = lowered.witness(integers[0].numpy(), trace=tensors)
+    for key, value in tensors.items():
+        np.testing.assert_array_equal(value, truth[key][0], err_msg=key)
+    lie = lowered.witness(integers[0].numpy())
+    lie.public["logits"] = lie.public["logits"][::-1]
+    assert lie.public["logits"] != honest.public["logits"]
+    assert mock(lowered.circuit, [honest, lie]) == [True, False]
 
 
 def test_more_bits_are_nearer() -> None:

@@ -146,9 +146,8 @@ class ConversionConfig:
         return _limit(self.internal_bits)
 
 
-#: The smallest circuit that still classifies: everything within 24 bits, tables of 256 entries.
 PROVABLE = ConversionConfig(
-    internal_bits=8,
+    internal_bits=10,
     residual_bits=12,
     norm_bits=16,
     index_bits=8,
@@ -160,6 +159,7 @@ PROVABLE = ConversionConfig(
     gain_bits=7,
     max_bits=24,
 )
+"""For small circuits: all within 24 bits, activations of straight lines, tables of 64 entries."""
 
 
 @dataclass(frozen=True)

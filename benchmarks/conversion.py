@@ -1,4 +1,4 @@
-"""A float Mamba-2 digits classifier, trained here, and its conversion: accuracy before and after.
+"""Float digits classifiers, Mamba and Mamba-2, trained here, and converted: accuracy before and after.
 
 Run ``python -m benchmarks.conversion``; results go to ``benchmarks/results/conversion.json`` with hardware
 and versions.
@@ -29,8 +29,8 @@ from quantize.float_mamba import PROVABLE, ConversionConfig, InputFormat, conver
 RESULT = Path(__file__).parent / "results" / "conversion.json"
 FORMAT = InputFormat(0, 16, 4)
 """Pixels 0..16 as 0..1."""
+MIXERS = ("mamba2", "mamba")
 MODEL = MambaConfig(
-    mixer="mamba2",
     n_features=8,
     d_model=32,
     n_layer=1,
@@ -57,10 +57,10 @@ def reals(integers: torch.Tensor) -> torch.Tensor:
     return integers * 2.0**-FORMAT.frac
 
 
-def train(data: ClassificationData, seed: int) -> MambaForSequenceClassification:
+def train(data: ClassificationData, mixer: str, seed: int) -> MambaForSequenceClassification:
     """The float model after a cosine schedule of AdamW."""
     torch.manual_seed(seed)
-    model = MambaForSequenceClassification(MODEL).train()
+    model = MambaForSequenceClassification(dataclasses.replace(MODEL, mixer=mixer)).train()
     optimizer = torch.optim.AdamW(model.parameters(), 4e-3, weight_decay=0.05)
     inputs, labels = reals(data.train_inputs), data.train_labels.long()
     steps = EPOCHS * (len(inputs) // BATCH)
@@ -107,14 +107,12 @@ def measure(model: MambaForSequenceClassification, data: ClassificationData, for
     }
 
 
-def main(seeds: int = 3) -> None:
-    """Measure everything and write the result file."""
-    torch.set_num_threads(1)
-    data = load_digits()
+def measure_seeds(data: ClassificationData, mixer: str, seeds: int) -> dict[str, Any]:
+    """Train at every seed, convert in every form; means and all runs."""
     runs = []
     for seed in range(seeds):
         start = time.perf_counter()
-        model = train(data, seed)
+        model = train(data, mixer, seed)
         with torch.no_grad():
             predicted = model(reals(data.test_inputs)).logits.argmax(-1)
         run: dict[str, Any] = {
@@ -125,15 +123,22 @@ def main(seeds: int = 3) -> None:
         for form in FORMS:
             run[form] = measure(model, data, form)
             accuracy, sqnr = run[form]["accuracy"], run[form]["logits_sqnr_db"]
-            print(f"seed {seed}: float {run['float_accuracy']:.4f}, {form} {accuracy:.4f}, {sqnr} dB")
+            print(f"{mixer} {seed}: float {run['float_accuracy']:.4f}, {form} {accuracy:.4f}, {sqnr} dB")
         runs.append(run)
-    result = {
-        "hardware": hardware(),
-        "model": MODEL.to_dict(),
+    return {
         "mean_float_accuracy": float(np.mean([run["float_accuracy"] for run in runs])),
         "mean_accuracy": {form: float(np.mean([run[form]["accuracy"] for run in runs])) for form in FORMS},
         "runs": runs,
     }
+
+
+def main(seeds: int = 3) -> None:
+    """Measure everything and write the result file."""
+    torch.set_num_threads(1)
+    data = load_digits()
+    result: dict[str, Any] = {"hardware": hardware(), "model": MODEL.to_dict()}
+    for mixer in MIXERS:
+        result[mixer] = measure_seeds(data, mixer, seeds)
     RESULT.parent.mkdir(exist_ok=True)
     RESULT.write_text(json.dumps(result, indent=2) + "\n")
 

@@ -1,4 +1,4 @@
-"""What a float Mamba-2 model's tensors hold on sample inputs; scales of the integer graph come from this."""
+"""What the tensors of a float Mamba or Mamba-2 model hold on sample inputs; integer scales come from it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mamba_int.errors import MambaintError
+from mamba_int.float_models.mamba import MambaMixer
 from mamba_int.float_models.mamba2 import Mamba2Mixer
 from mamba_int.float_models.models import (
     MambaBackbone,
@@ -20,7 +21,7 @@ from mamba_int.float_models.models import (
     MambaForSequenceClassification,
     RMSNorm,
 )
-from mamba_int.float_models.scans import STATE_SPACE_DUALITIES
+from mamba_int.float_models.scans import SELECTIVE_SCANS, STATE_SPACE_DUALITIES
 from quantize.scales import FloatArray
 from triton_kernels.activation import activate
 from triton_kernels.causal_conv1d import causal_conv1d
@@ -137,7 +138,7 @@ def check_calibration(config: MambaConfig, inputs: Tensor) -> None:
         )
 
 
-def mixers(model: FloatModel) -> Iterator[tuple[int, RMSNorm, Mamba2Mixer]]:
+def mixers(model: FloatModel) -> Iterator[tuple[int, RMSNorm, MambaMixer | Mamba2Mixer]]:
     """Number, norm and mixer of every layer.
 
     Raises:
@@ -145,10 +146,10 @@ def mixers(model: FloatModel) -> Iterator[tuple[int, RMSNorm, Mamba2Mixer]]:
     """
     for i, layer in enumerate(model.backbone.layers):
         norm, mixer = layer.norm, layer.mixer
-        if not isinstance(mixer, Mamba2Mixer) or not isinstance(norm, RMSNorm):
+        if not isinstance(mixer, MambaMixer | Mamba2Mixer) or not isinstance(norm, RMSNorm):
             raise MambaintError(
                 f"layer {i} has the mixer '{model.config.mixer}', which has no integer form here",
-                "give a model whose mixer is mamba2",
+                "give a model whose mixer is mamba or mamba2",
             )
         yield i, norm, mixer
 
@@ -170,7 +171,11 @@ def trace(model: FloatModel, inputs: Tensor, record: Record) -> Tensor:
     record("residual", residual)
     for i, norm, mixer in mixers(model):
         normed = _normed(record, f"layer{i}.norm", residual, norm.eps)
-        out = _mix(record, f"layer{i}", mixer, normed * norm.weight)
+        x = normed * norm.weight
+        if isinstance(mixer, Mamba2Mixer):
+            out = _mix_mamba2(record, f"layer{i}", mixer, x)
+        else:
+            out = _mix_mamba(record, f"layer{i}", mixer, x)
         record(f"layer{i}.out", out)
         residual = residual + out
         record("residual", residual)
@@ -199,7 +204,7 @@ def _normed(record: Record, name: str, x: Tensor, eps: float) -> Tensor:
     return normed
 
 
-def _mix(record: Record, layer: str, mixer: Mamba2Mixer, x: Tensor) -> Tensor:
+def _mix_mamba2(record: Record, layer: str, mixer: Mamba2Mixer, x: Tensor) -> Tensor:
     def at(name: str, value: Tensor) -> Tensor:
         record(f"{layer}.{name}", value)
         return value
@@ -219,12 +224,8 @@ def _mix(record: Record, layer: str, mixer: Mamba2Mixer, x: Tensor) -> Tensor:
     if c.dt_limit_low > 0 or c.dt_limit_high > 0:
         step = step.clamp(c.dt_limit_low, c.dt_limit_high or math.inf)
     rates = torch.exp(mixer.A_log)
-    u = step * rates
-    at("decay_index", u.clamp(min=LEAST_DECAY).log())
-    # x' of h' = a h + (1 - a) B x'; its limit for small u is x / rates.
-    gain = torch.where(u > 1e-6, u / -torch.expm1(-u), 1.0) / rates
     heads = values.unflatten(-1, (c.n_heads, c.headdim))
-    at("scan_x", (heads * gain[..., None]).flatten(-2))
+    at("scan_x", (heads * _gain(record, layer, step, rates)[..., None]).flatten(-2))
     at("G", (C @ B.mT).tril())
     scanned, _ = STATE_SPACE_DUALITIES[c.scan_type](heads, step, -rates, B[:, :, None], C[:, :, None])
     at("scanned", scanned.flatten(2))
@@ -234,3 +235,36 @@ def _mix(record: Record, layer: str, mixer: Mamba2Mixer, x: Tensor) -> Tensor:
     normed = _normed(record, f"{layer}.gated_norm", gated, c.norm_epsilon)
     out: Tensor = mixer.out_proj(normed * mixer.norm.weight)
     return out
+
+
+def _mix_mamba(record: Record, layer: str, mixer: MambaMixer, x: Tensor) -> Tensor:
+    def at(name: str, value: Tensor) -> Tensor:
+        record(f"{layer}.{name}", value)
+        return value
+
+    c = mixer.config
+    u, z = mixer.in_proj(x).chunk(2, -1)
+    weight = mixer.conv1d.weight[:, 0]
+    index = at("x_index", causal_conv1d(at("x_in", u), weight, mixer.conv1d.bias, "identity"))
+    values = at("x", activate(index, c.activation))
+    parts = mixer.x_proj(values).split([c.rank, c.d_state, c.d_state], -1)
+    dt, B, C = (at(name, part) for name, part in zip(("dt", "B", "C"), parts, strict=True))
+    at("z", z)
+    delta = F.linear(dt, mixer.dt_proj.weight)
+    step = F.softplus(at("step_index", delta + mixer.dt_proj.bias))
+    rates = torch.exp(mixer.A_log)
+    for n in range(c.d_state):
+        at(f"state{n}.scan_x", values * _gain(record, f"{layer}.state{n}", step, rates[:, n]))
+    scanned, _ = SELECTIVE_SCANS[c.scan_type](
+        values, delta, -rates, B, C, mixer.D, None, mixer.dt_proj.bias, True
+    )
+    gated = at("gated", at("y", scanned) * at("gate", activate(z, c.gate_activation)))
+    out: Tensor = mixer.out_proj(gated)
+    return out
+
+
+def _gain(record: Record, name: str, step: Tensor, rates: Tensor) -> Tensor:
+    """x' / x of h' = a h + (1 - a) B x' (see ``quantize.fits.DecayFit``); for small u it is 1 / rates."""
+    u = step * rates
+    record(f"{name}.decay_index", u.clamp(min=LEAST_DECAY).log())
+    return torch.where(u > 1e-6, u / -torch.expm1(-u), 1.0) / rates

@@ -1,4 +1,4 @@
-"""Post-training quantization: a float Mamba-2 model and sample inputs to an integer graph.
+"""Post-training quantization: a float Mamba or Mamba-2 model and sample inputs to an integer graph.
 
 The graph has the operations of native graphs only. Where a float model differs from those:
 
@@ -22,6 +22,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from mamba_int.errors import MambaintError
+from mamba_int.float_models.mamba import MambaMixer
 from mamba_int.float_models.mamba2 import Mamba2Mixer
 from mamba_int.float_models.models import MambaForSequenceClassification, RMSNorm
 from mamba_int.graph import Graph
@@ -188,7 +189,7 @@ def convert(
     """Calibrate a float model and build its integer graph.
 
     Args:
-        model: Mamba-2, a classifier or a language model.
+        model: Mamba or Mamba-2, a classifier or a language model.
         calibration: sample inputs as the float model takes them: token ids int64 [n, T] or reals
             [n, T, n_features].
         input_format: what the integers of the graph's input stand for; None for token ids.
@@ -226,8 +227,11 @@ def _check_model(model: FloatModel, input_format: InputFormat | None) -> None:
             raise MambaintError(cause, remedy)
 
     remedy = "convert another model"
-    need(c.n_groups == 1, f"n_groups = {c.n_groups} has no integer form here", remedy)
-    need(c.d_state % 2 == 0, f"d_state = {c.d_state} is odd", "give a model whose d_state is even")
+    if c.mixer == "mamba":
+        need(not c.BCdt_norm, "BCdt_norm has no integer form here", remedy)
+    else:
+        need(c.n_groups == 1, f"n_groups = {c.n_groups} has no integer form here", remedy)
+        need(c.d_state % 2 == 0, f"d_state = {c.d_state} is odd", "give a model whose d_state is even")
     need(
         not isinstance(model, MambaForSequenceClassification) or c.pooling != "max",
         "pooling = 'max' has no integer form here",
@@ -249,6 +253,18 @@ def _limit(bits: int) -> int:
 def _array(parameter: Tensor) -> FloatArray:
     # A copy: of a float64 model it would be the parameter itself.
     return np.array(parameter.detach().double().cpu().numpy())
+
+
+def _bias(linear: nn.Linear) -> FloatArray | None:
+    # nn.Linear declares its bias a tensor, but it may be absent.
+    bias: Tensor | None = linear.bias
+    return None if bias is None else _array(bias)
+
+
+def _conv_parameters(mixer: MambaMixer | Mamba2Mixer) -> tuple[FloatArray, FloatArray]:
+    """Taps [channels, width] and biases."""
+    taps, bias = _array(mixer.conv1d.weight)[:, 0], mixer.conv1d.bias
+    return taps, np.zeros(len(taps)) if bias is None else _array(bias)
 
 
 class _Builder:
@@ -463,50 +479,103 @@ class _Builder:
         embedded = self._linear("embed", source, weight, _array(embeddings.bias))
         return b.requantize("residual", embedded, self.residual_frac, limit)
 
-    def _block(self, layer: str, residual: str, mixer: Mamba2Mixer, norm: RMSNorm) -> str:
-        b, c, m = self.graph, self.c, mixer.config
-
-        def at(name: str) -> str:
-            return f"{layer}.{name}"
-
-        E, N, H = m.d_inner, m.d_state, m.n_heads
+    def _block(self, layer: str, residual: str, mixer: MambaMixer | Mamba2Mixer, norm: RMSNorm) -> str:
+        b, limit = self.graph, _limit(self.c.residual_bits)
         weight = _array(mixer.in_proj.weight) * _array(norm.weight)
-        normed, scales = self._norm(at("norm"), residual, at("norm"), norm.eps, weight)
+        name = f"{layer}.norm"
+        normed, scales = self._norm(name, residual, name, norm.eps, weight)
         bias = np.zeros(len(weight)) if mixer.in_proj.bias is None else _array(mixer.in_proj.bias)
-        bias[-H:] += _array(mixer.dt_bias)
-        projected = self._linear(at("in_proj"), normed, weight, bias, scales)
+        if isinstance(mixer, Mamba2Mixer):
+            bias[-mixer.config.n_heads :] += _array(mixer.dt_bias)
+        projected = self._linear(f"{layer}.in_proj", normed, weight, bias, scales)
+        mix = self._mamba2 if isinstance(mixer, Mamba2Mixer) else self._mamba
+        out = mix(layer, projected, mixer)  # type: ignore[arg-type]
+        out = b.requantize(f"{layer}.out", out, self.residual_frac, limit)
+        total = b.add(f"{layer}.residual_sum", "add", residual, out, frac=self.residual_frac)
+        return b.saturate(f"{layer}.residual", total, -limit, limit)
 
-        def part(name: str, start: int, stop: int) -> str:
-            return b.add(at(name), "slice", projected, frac=b.frac[projected], start=start, stop=stop)
+    def _part(self, name: str, source: str, start: int, width: int) -> str:
+        b = self.graph
+        return b.add(name, "slice", source, frac=b.frac[source], start=start, stop=start + width)
 
-        taps = _array(mixer.conv1d.weight)[:, 0]
-        conv_bias = np.zeros(len(taps)) if mixer.conv1d.bias is None else _array(mixer.conv1d.bias)
-        convolved, start = {}, E
+    def _mamba2(self, layer: str, projected: str, mixer: Mamba2Mixer) -> str:
+        """out_proj(norm(SSD(x, dt, B, C) act(z))), before the residual."""
+        b, c, m = self.graph, self.c, mixer.config
+        at = f"{layer}.{{}}".format
+        E, N, H = m.d_inner, m.d_state, m.n_heads
+        taps, bias = _conv_parameters(mixer)
+        parts, start = {}, 0
         for name, width in (("x", E), ("B", N), ("C", N)):
-            source = part(f"{name}_projected", start, start + width)
-            rows = slice(start - E, start - E + width)
-            convolved[name] = self._convolve(layer, name, source, taps[rows], conv_bias[rows])
+            source = self._part(at(f"{name}_projected"), projected, E + start, width)
+            rows = slice(start, start + width)
+            parts[name] = self._convolve(layer, name, source, taps[rows], bias[rows])
             start += width
-        scan_y, x = self._scan(layer, convolved, part("dt", start, start + H), mixer)
-
-        y_frac = min(self._places(self.seen[at("y")], c.internal_limit), b.frac[scan_y])
-        y = b.requantize(at("y"), self._skip(layer, scan_y, x, mixer), y_frac, c.internal_limit)
-        z = self._index(at("z"), part("z_in", 0, E), c.index_bits, LOWEST)
-        gate_frac = self._places(self.seen[at("gate")], c.activation_limit)
-        gate = self._activation(at("gate"), z, m.gate_activation, gate_frac, c.activation_limit)
-        gated = b.add(at("gated_product"), "mul", y, gate, frac=y_frac + gate_frac)
+        x, B, C = (parts[name] for name in "xBC")
+        dt = self._part(at("dt"), projected, E + start, H)
+        log_dt = self._log_step(layer, dt, [at("decay_index")])
+        rates = np.exp(_array(mixer.A_log))
+        largest_G = self.seen[at("G")].largest
+        scanned = self._scan(layer, layer, (x, B, C, log_dt), rates, m.headdim, largest_G)
+        D = _array(mixer.D)
+        y = self._skip(layer, scanned, x, D if m.D_has_hdim else np.repeat(D, m.headdim))
+        gated = self._gate(layer, y, self._part(at("z_in"), projected, 0, E))
         seen = self.seen[at("gated_norm.source")]
         gated_frac = min(places_for(seen.largest, c.internal_limit), b.frac[gated])
         gated = b.requantize(at("gated"), gated, gated_frac, c.internal_limit)
-
         weight = _array(mixer.out_proj.weight) * _array(mixer.norm.weight)
         v, scales = self._norm(at("gated_norm"), gated, at("gated_norm"), m.norm_epsilon, weight)
-        out_bias = None if mixer.out_proj.bias is None else _array(mixer.out_proj.bias)
-        out = self._linear(at("out_proj"), v, weight, out_bias, scales)
-        out = b.requantize(at("out"), out, self.residual_frac, _limit(c.residual_bits))
-        total = b.add(at("residual_sum"), "add", residual, out, frac=self.residual_frac)
-        limit = _limit(c.residual_bits)
-        return b.saturate(at("residual"), total, -limit, limit)
+        return self._linear(at("out_proj"), v, weight, _bias(mixer.out_proj), scales)
+
+    def _mamba(self, layer: str, projected: str, mixer: MambaMixer) -> str:
+        """out_proj(S6(x, dt, B, C) act(z)), before the residual: for every entry of the state a scan whose
+        heads are the channels, for each of them decays by itself."""
+        b, c, m = self.graph, self.c, mixer.config
+        at = f"{layer}.{{}}".format
+        E, N, limit = m.d_inner, m.d_state, c.activation_limit
+        source = self._part(at("x_projected"), projected, 0, E)
+        x = self._convolve(layer, "x", source, *_conv_parameters(mixer))
+        low_rank = self._linear(at("x_proj"), x, _array(mixer.x_proj.weight), None)
+        parts, start = {}, 0
+        for name, width in (("dt", m.rank), ("B", N), ("C", N)):
+            part = self._part(at(f"{name}_projected"), low_rank, start, width)
+            frac = min(self._places(self.seen[at(name)], limit), b.frac[part])
+            parts[name] = b.requantize(at(name), part, frac, limit)
+            start += width
+        weight, bias = _array(mixer.dt_proj.weight), _bias(mixer.dt_proj)
+        dt = self._linear(at("dt_proj"), parts["dt"], weight, bias)
+        states = [at(f"state{n}") for n in range(N)]
+        log_dt = self._log_step(layer, dt, [f"{state}.decay_index" for state in states])
+        rates, total = np.exp(_array(mixer.A_log)), ""
+        for n, state in enumerate(states):
+            # A state of the operation is made of pairs: this entry and one that stays zero.
+            chosen = np.zeros((2, N), np.int64)
+            chosen[0, n] = 1
+            B, C = (
+                b.add(f"{state}.{name}", "linear", part, frac=b.frac[part], constants={"weight": chosen})
+                for name, part in (("B", parts["B"]), ("C", parts["C"]))
+            )
+            largest_G = float(self.seen[at("B")].channels[n] * self.seen[at("C")].channels[n])
+            y = self._scan(layer, state, (x, B, C, log_dt), rates[:, n], 1, largest_G)
+            if total:
+                y = b.shift(f"{state}.aligned", y, b.frac[total])
+            total = b.add(f"{state}.sum", "add", total, y, frac=b.frac[y]) if total else y
+        y = self._skip(layer, total, x, _array(mixer.D))
+        gated = self._gate(layer, y, self._part(at("z_in"), projected, E, E))
+        frac = min(self._places(self.seen[at("gated")], limit), b.frac[gated])
+        v = b.requantize(at("gated"), gated, frac, limit)
+        return self._linear(at("out_proj"), v, _array(mixer.out_proj.weight), _bias(mixer.out_proj))
+
+    def _gate(self, layer: str, y: str, z_in: str) -> str:
+        """y act(z)."""
+        b, c = self.graph, self.c
+        at = f"{layer}.{{}}".format
+        y_frac = min(self._places(self.seen[at("y")], c.internal_limit), b.frac[y])
+        y = b.requantize(at("y"), y, y_frac, c.internal_limit)
+        z = self._index(at("z"), z_in, c.index_bits, LOWEST)
+        gate_frac = self._places(self.seen[at("gate")], c.activation_limit)
+        kind = self.model.config.gate_activation
+        gate = self._activation(at("gate"), z, kind, gate_frac, c.activation_limit)
+        return b.add(at("gated_product"), "mul", y, gate, frac=y_frac + gate_frac)
 
     def _convolve(self, layer: str, name: str, source: str, taps: FloatArray, bias: FloatArray) -> str:
         """The convolution and its activation: x, B or C."""
@@ -524,24 +593,42 @@ class _Builder:
         out = self._places(self.seen[at], c.activation_limit)
         return self._activation(at, index, self.model.config.activation, out, c.activation_limit)
 
-    def _scan(self, layer: str, convolved: dict[str, str], dt: str, mixer: Mamba2Mixer) -> tuple[str, str]:
-        """C h of every step, and x."""
-        b, c, m = self.graph, self.c, mixer.config
-        at = f"{layer}.{{}}".format
-        x, B, C = (convolved[name] for name in "xBC")
-        rates = np.exp(_array(mixer.A_log))
-
-        # log(dt |A|) = log softplus(t) + log |A|
-        seen = self.seen[at("decay_index")]
-        frac = math.floor(math.log2(((1 << c.decay_index_bits) - 2) / max(seen.high - seen.low + 0.5, 1.0)))
-        t = self._index(at("step_index"), dt, c.decay_index_bits, -math.inf)
-        tensor = b.types[t]
-        curve = log_step(m.dt_limit_low, m.dt_limit_high)
+    def _log_step(self, layer: str, dt: str, decay_indices: list[str]) -> str:
+        """log softplus(dt), so fine that the index of a decay has its bits."""
+        b, c, m = self.graph, self.c, self.model.config
+        name = f"{layer}.log_dt"
+        span = max(self.seen[index].high - self.seen[index].low for index in decay_indices)
+        frac = math.floor(math.log2(((1 << c.decay_index_bits) - 2) / max(span + 0.5, 1.0)))
+        t = self._index(f"{layer}.step_index", dt, c.decay_index_bits, -math.inf)
+        tensor, limited = b.types[t], m.mixer == "mamba2"
+        curve = log_step(m.dt_limit_low, m.dt_limit_high) if limited else log_step()
         fit = fit_table(curve, tensor.low, tensor.high, b.frac[t], frac, 1 << 14)
-        self.tables[at("log_dt")] = fit
-        logs = b.add(at("log_dt"), "table", t, frac=frac, constants={"values": fit.values}, low=fit.low)
-        offset = {"value": rounded(np.log(rates), frac)}
-        v = b.add(at("log_decay_wide"), "add", logs, frac=frac, constants=offset)
+        self.tables[name] = fit
+        return b.add(name, "table", t, frac=frac, constants={"values": fit.values}, low=fit.low)
+
+    def _scan(
+        self,
+        layer: str,
+        name: str,
+        inputs: tuple[str, str, str, str],
+        rates: FloatArray,
+        headdim: int,
+        largest_G: float,
+    ) -> str:
+        """C h of every step.
+
+        Args:
+            layer: whose y says how fine this must be. name: of the scan.
+            inputs: x, B, C and log softplus(dt). rates: -A of every head.
+            largest_G: magnitude of C . B that was seen.
+        """
+        b, c = self.graph, self.c
+        at = f"{name}.{{}}".format
+        x, B, C, log_dt = inputs
+        # log(dt |A|) = log softplus(t) + log |A|
+        seen, frac = self.seen[at("decay_index")], b.frac[log_dt]
+        offset = np.broadcast_to(rounded(np.log(rates), frac), b.types[log_dt].shape[-1:])
+        v = b.add(at("log_decay_wide"), "add", log_dt, frac=frac, constants={"value": offset})
         first, last = math.floor((seen.low - 0.2) * 2.0**frac), math.ceil((seen.high + 0.2) * 2.0**frac)
         v = b.saturate(at("log_decay"), v, first, last)
         tensor = b.types[v]
@@ -556,23 +643,25 @@ class _Builder:
 
         # x' = x g / |A|, every head times the power of two that brings it near the largest.
         seen = self.seen[at("scan_x")]
-        heads = np.maximum(seen.channels.reshape(m.n_heads, -1).max(1), 2.0**-40)
+        heads = np.maximum(seen.channels.reshape(len(rates), -1).max(1), 2.0**-40)
         lifts = np.minimum(np.floor(np.log2(heads.max() / heads)), SPREAD)
         factors = np.exp2(lifts) / rates
         width = b.max_bits - 1 - b.types[x].magnitude.bit_length() - b.types[gain].magnitude.bit_length()
         factor_frac = places_for(float(factors.max()), (1 << min(width, 12)) - 1)
-        columns = np.kron(np.diag(rounded(factors, factor_frac)), np.ones((m.headdim, 1), np.int64))
-        factor = b.add(
-            at("factor"), "linear", gain, frac=decays.gain_frac + factor_frac, constants={"weight": columns}
-        )
-        product = b.add(at("scan_x_product"), "mul", x, factor, frac=b.frac[x] + b.frac[factor])
+        whole, fine = rounded(factors, factor_frac), decays.gain_frac + factor_frac
+        if headdim == 1:
+            factor = b.add(at("factor"), "mul", gain, frac=fine, constants={"value": whole})
+        else:
+            columns = np.kron(np.diag(whole), np.ones((headdim, 1), np.int64))
+            factor = b.add(at("factor"), "linear", gain, frac=fine, constants={"weight": columns})
+        product = b.add(at("scan_x_product"), "mul", x, factor, frac=b.frac[x] + fine)
         limit = _limit(c.scan_bits)
-        lifted = np.repeat(lifts, m.headdim)
+        lifted = np.repeat(lifts, headdim)
         scan_frac = min(self._places(seen, limit, lifted), b.frac[product])
         scan_x = b.requantize(at("scan_x"), product, scan_frac, limit)
 
         carried = not isinstance(self.model, MambaForSequenceClassification) or c.seq_len > c.chunk_size
-        largest_G = math.ceil(2 * self.seen[at("G")].largest * 2.0 ** (b.frac[B] + b.frac[C])) + 1
+        G = math.ceil(2 * largest_G * 2.0 ** (b.frac[B] + b.frac[C])) + 1
         shape = ScanShape(
             x=b.types[scan_x],
             B=b.types[B],
@@ -581,35 +670,33 @@ class _Builder:
             x_frac=b.frac[scan_x],
             B_frac=b.frac[B],
             C_frac=b.frac[C],
-            headdim=m.headdim,
+            headdim=headdim,
             chunk_size=c.chunk_size,
             decay_bits=c.decay_bits,
             A_bits=c.A_bits,
-            largest_G=largest_G,
+            largest_G=G,
             seq_len=c.seq_len,
             carried=carried,
             max_bits=b.max_bits,
         )
         fit_ = fit_scan(shape)
-        inputs = [scan_x, B, C, n, B] if carried else [scan_x, B, C, n]
+        operands = [scan_x, B, C, n, B] if carried else [scan_x, B, C, n]
         y = b.add(
-            at("ssd"), "ssd", *inputs, frac=fit_.frac, constants=dict(fit_.constants), **fit_.attributes
+            at("ssd"), "ssd", *operands, frac=fit_.frac, constants=dict(fit_.constants), **fit_.attributes
         )
         # Every head keeps its lift until here; bring all to the largest.
         largest = int(lifts.max())
         limit = (1 << (c.internal_bits + largest)) - 1
-        frac = min(self._places(self.seen[at("y")], c.internal_limit) + 1, fit_.frac)
+        frac = min(self._places(self.seen[f"{layer}.y"], c.internal_limit) + 1, fit_.frac)
         y = b.requantize(at("scanned"), y, frac, limit)
         if largest:
             aligned = {"value": 1 << (largest - lifted.astype(np.int64))}
             y = b.add(at("scanned_heads"), "mul", y, frac=frac + largest, constants=aligned)
-        return y, x
+        return y
 
-    def _skip(self, layer: str, scanned: str, x: str, mixer: Mamba2Mixer) -> str:
+    def _skip(self, layer: str, scanned: str, x: str, D: FloatArray) -> str:
         """C h + D x."""
-        b, m = self.graph, mixer.config
-        D = _array(mixer.D)
-        D = D if m.D_has_hdim else np.repeat(D, m.headdim)
+        b = self.graph
         frac = places_for(float(np.abs(D).max()), 1 << 10)
         product = b.add(
             f"{layer}.Dx_product", "mul", x, frac=b.frac[x] + frac, constants={"value": rounded(D, frac)}

@@ -42,7 +42,7 @@ class GraphBuilder:
         Raises:
             MambaintError: if it can exceed ``max_bits``.
         """
-        held = {key: np.asarray(value, np.int64) for key, value in (constants or {}).items()}
+        held = {key: np.array(value, np.int64) for key, value in (constants or {}).items()}
         node = Node(name, op, inputs, attributes, held, frac)
         tensor = OPERATIONS[op].infer(node, [self.types[source] for source in inputs], self.seq_len)
         if tensor.peak > 1 << self.max_bits:

@@ -1,4 +1,4 @@
-"""Float Mamba-2 to integers: the same integers in every backend, and close to the float model."""
+"""Float Mamba and Mamba-2 to integers: the same integers in every backend, and close to the float model."""
 
 from __future__ import annotations
 
@@ -38,6 +38,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "last": {"n_features": 3},
     "mean_of_chunks": {"n_features": 3, "pooling": "mean", "length": 19},
     "tokens_classified": {},
+    "mamba_last": {"mixer": "mamba", "n_features": 3, "d_state": 3},
+    "mamba_language": {"mixer": "mamba", "language": True, "length": 19, "bias": True, "conv_bias": False},
     "language": {"language": True, "length": 21},
     "language_odd": {
         "language": True,
@@ -176,7 +178,8 @@ def test_extreme_inputs_stay_within_the_proven_intervals() -> None:
 @pytest.mark.parametrize(
     ("change", "cause"),
     [
-        ({"mixer": "mamba"}, "mixer 'mamba'"),
+        ({"mixer": "complex_mamba"}, "mixer 'complex_mamba'"),
+        ({"mixer": "mamba", "BCdt_norm": True}, "BCdt_norm"),
         ({"pooling": "max"}, "pooling"),
         ({"d_state": 5}, "d_state"),
         ({"n_groups": 3}, "n_groups"),

@@ -95,7 +95,7 @@ class ConversionConfig:
     seq_len: int = 0
     weight_bits: int = 8
     activation_bits: int = 8
-    internal_bits: int = 12
+    internal_bits: int = 14
     residual_bits: int = 15
     norm_bits: int = 29
     index_bits: int = 10
@@ -561,9 +561,15 @@ class _Builder:
             total = b.add(f"{state}.sum", "add", total, y, frac=b.frac[y]) if total else y
         y = self._skip(layer, total, x, _array(mixer.D))
         gated = self._gate(layer, y, self._part(at("z_in"), projected, E, E))
-        frac = min(self._places(self.seen[at("gated")], limit), b.frac[gated])
+        # Nothing normalizes this: the large channels would leave the others few bits.
+        weight, seen = _array(mixer.out_proj.weight), self.seen[at("gated")]
+        gains = equalisation(seen.channels, weight, SPREAD)
+        if gains.any():
+            lifts = {"value": 1 << gains}
+            gated = b.add(at("gated_channels"), "mul", gated, frac=b.frac[gated], constants=lifts)
+        frac = min(self._places(seen, limit, gains.astype(np.float64)), b.frac[gated])
         v = b.requantize(at("gated"), gated, frac, limit)
-        return self._linear(at("out_proj"), v, _array(mixer.out_proj.weight), _bias(mixer.out_proj))
+        return self._linear(at("out_proj"), v, weight, _bias(mixer.out_proj), np.exp2(gains))
 
     def _gate(self, layer: str, y: str, z_in: str) -> str:
         """y act(z)."""

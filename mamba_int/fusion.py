@@ -252,7 +252,7 @@ class _Planner:
         if len(node.inputs) != 1 or node.inputs[0] not in self.narrow:
             return None
         z = node.inputs[0]
-        ramp = self.clamp_like(node.name)
+        ramp = self.only_consumer(node.name, "clamp")
         product = self.only_consumer(ramp.name, "mul") if ramp else None
         if ramp is None or product is None or set(product.inputs) != {z, ramp.name}:
             return None
@@ -270,9 +270,6 @@ class _Planner:
             values[v.result] = hard_silu_gate(values[y], values[z], gate)
 
         return Step((node.name, ramp.name, product.name, *g.nodes, gated.name, *v.nodes), run)
-
-    def clamp_like(self, name: str) -> Node | None:
-        return self.only_consumer(name, "clamp")
 
     # -- the plan ----------------------------------------------------------------------------------------
 

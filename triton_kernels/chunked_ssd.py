@@ -20,15 +20,11 @@ import triton.language as tl
 from torch import Tensor
 
 from triton_kernels.narrow import dot_dtype, narrow_dtype
+from triton_kernels.rounding import clamp_gradient, half_unit, rounded
 from triton_kernels.ssd import SsdScales
 
 # Split integers are 64 * high + low with low in 0..63.
 SPLIT = tl.constexpr(64.0)
-
-
-@triton.jit
-def _round(x, factor, half):
-    return tl.floor(x * factor + half)
 
 
 @triton.jit
@@ -57,9 +53,9 @@ def _decay_kernel(
         present = (h < H) & (time < T)
         n_t = tl.load(n + b.to(tl.int64) * stride_b + time * stride_t + h, mask=present, other=0.0)
         n_t = n_t.to(tl.float32)
-        row = _round(row * n_t[:, None], factor, 0.5)
+        row = rounded(row * n_t[:, None], factor, 0.5)
         row = tl.where((s == t)[None, :], ((one_k - n_t) * e_factor)[:, None], row)
-        state = _round(state * n_t, factor, 0.5)
+        state = rounded(state * n_t, factor, 0.5)
         inside = (h < H)[:, None] & (s < Q)[None, :]
         tl.store(A + (to + t)[:, None] * Q + s[None, :], row.to(tl.int16), mask=inside)
         tl.store(across + to + t, state.to(tl.int16), mask=h < H)
@@ -146,11 +142,11 @@ def _scan_kernel(
         B1, B2 = _pair(B_hat, time, T, N, n, HALF_N)
         C1, C2 = C1.to(DOT), C2.to(DOT)
         G = tl.dot(C1, tl.trans(B1.to(DOT))) + tl.dot(C2, tl.trans(B2.to(DOT)))
-        G = _round(G, g_factor, g_half)
+        G = rounded(G, g_factor, g_half)
         G = tl.minimum(tl.maximum(G, -G_limit), G_limit)
         decays = ((b * chunks + chunk) * H + h) * Q
         A_ts = tl.load(A + decays * Q + in_square, mask=square, other=0).to(tl.float32)
-        M = _round(A_ts * G, m_factor, m_half)
+        M = rounded(A_ts * G, m_factor, m_half)
         in_x = (time < T)[:, None] & (p < P)[None, :]
         x_at = time[:, None] * (H * P) + p[None, :]
         X = tl.load(x + x_at, mask=in_x, other=0.0)
@@ -165,17 +161,17 @@ def _scan_kernel(
             H1_low, H2_low = H1 - H1_high * SPLIT, H2 - H2_high * SPLIT
             u = tl.dot(C1, tl.trans(H1_high.to(DOT))) + tl.dot(C2, tl.trans(H2_high.to(DOT)))
             u = u * SPLIT + (tl.dot(C1, tl.trans(H1_low.to(DOT))) + tl.dot(C2, tl.trans(H2_low.to(DOT))))
-            u = _round(u, u_factor, u_half)
+            u = rounded(u, u_factor, u_half)
             a = tl.load(across + decays + q, mask=q < Q, other=0).to(tl.float32)
-            y += _round(a, A_u_factor, A_u_half)[:, None] * u * u_scale
+            y += rounded(a, A_u_factor, A_u_half)[:, None] * u * u_scale
             if chunk + 1 < chunks:
                 N1, N2 = _pair(B_next, time, T, N, n, HALF_N)
                 last = tl.load(A + (decays + Q - 1) * Q + q, mask=q < Q, other=0).to(tl.float32)[:, None]
-                beta1 = _round(last * N1.to(tl.float32), beta_factor, beta_half)
-                beta2 = _round(last * N2.to(tl.float32), beta_factor, beta_half)
+                beta1 = rounded(last * N1.to(tl.float32), beta_factor, beta_half)
+                beta2 = rounded(last * N2.to(tl.float32), beta_factor, beta_half)
                 through = tl.load(across + decays + Q - 1).to(tl.float32)
-                kappa = _round(through * cos, r_factor, 0.5)[None, :]
-                sigma = _round(through * sin, r_factor, 0.5)[None, :]
+                kappa = rounded(through * cos, r_factor, 0.5)[None, :]
+                sigma = rounded(through * sin, r_factor, 0.5)[None, :]
                 X_t = tl.trans(X_dot)
                 beta1_high, beta2_high = tl.floor(beta1 * (1.0 / SPLIT)), tl.floor(beta2 * (1.0 / SPLIT))
                 beta1_low, beta2_low = beta1 - beta1_high * SPLIT, beta2 - beta2_high * SPLIT
@@ -183,12 +179,12 @@ def _scan_kernel(
                 in2 = tl.dot(X_t, beta2_high.to(DOT)) * SPLIT + tl.dot(X_t, beta2_low.to(DOT))
                 turned1 = kappa * H1 - sigma * H2 + in1 * H_scale
                 turned2 = sigma * H1 + kappa * H2 + in2 * H_scale
-                H1, H2 = _round(turned1, H_factor, 0.5), _round(turned2, H_factor, 0.5)
+                H1, H2 = rounded(turned1, H_factor, 0.5), rounded(turned2, H_factor, 0.5)
                 if KEEP:
                     to = states + ((b * H + h) * (chunks - 1) + chunk) * P * N
                     tl.store(to + in_state, H1.to(states.dtype.element_ty), mask=kept)
                     tl.store(to + in_state + HALF_N, H2.to(states.dtype.element_ty), mask=kept)
-        y = _round(y, y_factor, y_half)
+        y = rounded(y, y_factor, y_half)
         y = tl.minimum(tl.maximum(y, low), high)
         tl.store(out + x_at, y.to(out.dtype.element_ty), mask=in_x)
 
@@ -198,7 +194,7 @@ def _sum_gradient(gradient, out, at, mask, low, high, factor):
     """Gradient of y before its shift and clamp."""
     g = tl.load(gradient + at, mask=mask, other=0.0).to(tl.float32)
     y = tl.load(out + at, mask=mask, other=0.0).to(tl.float32)
-    return tl.where(((y >= high) & (g < 0)) | ((y <= low) & (g > 0)), 0.0, g * factor)
+    return clamp_gradient(y, g, low, high) * factor
 
 
 @triton.jit
@@ -229,8 +225,8 @@ def _state_gradient_kernel(
         time = tl.where(q < Q, chunk * Q + q, T)
         decays = ((b * chunks + chunk) * H + h) * Q
         through = tl.load(across + decays + Q - 1).to(tl.float32)
-        kappa = _round(through * cos, r_factor, 0.5)[None, :] * H_factor
-        sigma = _round(through * sin, r_factor, 0.5)[None, :] * H_factor
+        kappa = rounded(through * cos, r_factor, 0.5)[None, :] * H_factor
+        sigma = rounded(through * sin, r_factor, 0.5)[None, :] * H_factor
         at = ((b * H + h) * (chunks - 1) + chunk - 1) * P * N
         H1 = tl.load(states + at + in_state, mask=kept, other=0.0).to(tl.float32)
         H2 = tl.load(states + at + in_state + HALF_N, mask=kept, other=0.0).to(tl.float32)
@@ -247,7 +243,7 @@ def _state_gradient_kernel(
         x_at = time[:, None] * (H * P) + p[None, :]
         d_y = _sum_gradient(gradient, out, x_at, in_x, low, high, y_factor)
         a = tl.load(across + decays + q, mask=q < Q, other=0).to(tl.float32)
-        A_u = _round(a, A_u_factor, A_u_half)[:, None]
+        A_u = rounded(a, A_u_factor, A_u_half)[:, None]
         d_u = tl.trans((d_y * A_u * (u_scale * u_factor)).to(DOT))
         d_H1 = turned1 + tl.dot(d_u, C1.to(DOT))
         d_H2 = turned2 + tl.dot(d_u, C2.to(DOT))
@@ -285,7 +281,7 @@ def _chunk_gradient_kernel(
     d_x += channels_before
     C = tl.load(C_hat + row_at, mask=rows, other=0.0).to(DOT)
     B = tl.load(B_hat + row_at, mask=rows, other=0.0).to(DOT)
-    G = _round(tl.dot(C, tl.trans(B)), g_factor, g_half)
+    G = rounded(tl.dot(C, tl.trans(B)), g_factor, g_half)
     G = tl.minimum(tl.maximum(G, -G_limit), G_limit)
     causal = (q[:, None] >= q[None, :]) & (q < Q)[:, None]
     d_G = tl.zeros((BLOCK_Q, BLOCK_Q), tl.float32)
@@ -307,7 +303,7 @@ def _chunk_gradient_kernel(
         d_y_dot = d_y.to(DOT)
         decays = ((b * chunks + chunk) * H + h) * Q
         A_ts = tl.load(A + decays * Q + in_square, mask=square, other=0).to(tl.float32)
-        M = _round(A_ts * G, m_factor, m_half)
+        M = rounded(A_ts * G, m_factor, m_half)
         d_M = tl.dot(d_y_dot, tl.trans(X)) * (M_scale * m_factor)
         d_G += d_M * A_ts
         d_A_ts = tl.where(causal, d_M * G, 0.0)
@@ -319,15 +315,15 @@ def _chunk_gradient_kernel(
             a = tl.load(across + decays + q, mask=q < Q, other=0).to(tl.float32)
             state_at = ((b * H + h) * (chunks - 1) + chunk) * P * N
             H_dot = tl.load(states + (state_at - P * N) + in_state, mask=entered, other=0.0).to(DOT)
-            u = _round(tl.dot(C, tl.trans(H_dot)), u_factor, u_half)
+            u = rounded(tl.dot(C, tl.trans(H_dot)), u_factor, u_half)
             d_a += tl.sum(d_y * u, 1) * (u_scale * A_u_factor)
-            A_u = _round(a, A_u_factor, A_u_half)[:, None]
+            A_u = rounded(a, A_u_factor, A_u_half)[:, None]
             d_u = (d_y * A_u * (u_scale * u_factor)).to(DOT)
             d_C_sum += tl.dot(d_u, H_dot)
             d_T = tl.load(d_states + state_at + in_state, mask=left, other=0.0).to(DOT)
             next_B = tl.load(B_next + rows_before + row_at, mask=rows, other=0.0).to(tl.float32)
             last = tl.load(A + (decays + Q - 1) * Q + q, mask=q < Q, other=0).to(tl.float32)[:, None]
-            beta = _round(last * next_B, beta_factor, beta_half).to(DOT)
+            beta = rounded(last * next_B, beta_factor, beta_half).to(DOT)
             scale = H_scale * H_factor
             d_X += tl.dot(beta, tl.trans(d_T)) * scale
             d_beta = tl.dot(X, d_T) * (scale * beta_factor)
@@ -337,16 +333,12 @@ def _chunk_gradient_kernel(
         tl.store(d_x + x_at, d_X.to(d_x.dtype.element_ty), mask=in_x)
         tl.store(d_A + decays * Q + in_square, d_A_ts.to(d_A.dtype.element_ty), mask=square)
         tl.store(d_across + decays + q, d_a, mask=q < Q)
-    stuck = ((G >= G_limit) & (d_G < 0)) | ((G <= -G_limit) & (d_G > 0))
-    d_G = tl.where(stuck | (q[:, None] < q[None, :]), 0.0, d_G * g_factor).to(DOT)
+    d_G = clamp_gradient(G, d_G, -G_limit, G_limit) * g_factor
+    d_G = tl.where(q[:, None] < q[None, :], 0.0, d_G).to(DOT)
     tl.store(d_B + rows_before + row_at, tl.dot(tl.trans(d_G), C).to(d_B.dtype.element_ty), mask=rows)
     tl.store(d_C + rows_before + row_at, (d_C_sum + tl.dot(d_G, B)).to(d_C.dtype.element_ty), mask=rows)
     if CARRY:
         tl.store(d_N + rows_before + row_at, d_N_sum.to(d_N.dtype.element_ty), mask=rows)
-
-
-def _half(places: int) -> float:
-    return 0.5 if places > 0 else 0.0
 
 
 def _block(size: int) -> int:
@@ -358,13 +350,13 @@ class _Scalars:
 
     def __init__(self, s: SsdScales, places: int, low: int, high: int) -> None:
         narrowing = s.A_bits - s.A_u_bits
-        self.g = (2.0**-s.G_shift, _half(s.G_shift), float(s.G_limit))
-        self.m = (2.0**-s.M_shift, _half(s.M_shift), 2.0**s.M_align, 2.0**s.D_align)
-        self.u = (2.0**-s.u_shift, _half(s.u_shift))
-        self.A_u = (2.0**-narrowing, _half(narrowing), 2.0**s.u_align)
-        self.beta = (2.0**-s.beta_shift, _half(s.beta_shift), 2.0**s.H_align)
+        self.g = (2.0**-s.G_shift, half_unit(s.G_shift), float(s.G_limit))
+        self.m = (2.0**-s.M_shift, half_unit(s.M_shift), 2.0**s.M_align, 2.0**s.D_align)
+        self.u = (2.0**-s.u_shift, half_unit(s.u_shift))
+        self.A_u = (2.0**-narrowing, half_unit(narrowing), 2.0**s.u_align)
+        self.beta = (2.0**-s.beta_shift, half_unit(s.beta_shift), 2.0**s.H_align)
         self.turn = (2.0**-s.rotation_frac, 2.0**-s.A_bits)
-        self.y = (2.0**-places, _half(places))
+        self.y = (2.0**-places, half_unit(places))
         self.clamp = (float(low), float(high))
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from triton_kernels.narrow import narrow_dtype
+from triton_kernels.rounding import clamp_gradient, half_unit, rounded
 from triton_kernels.squareplus import squareplus_of
 
 
@@ -60,7 +61,7 @@ def _conv_kernel(
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     base = b.to(tl.int64) * stride_b
     y = _sums(x, taps, bias, base, t, c, T, C, stride_t, HAS_BIAS, BLOCK_T, BLOCK_C)
-    y = tl.floor(y * factor + half)
+    y = rounded(y, factor, half)
     y = tl.minimum(tl.maximum(y, low), high)
     if SQUAREPLUS:
         y = squareplus_of(y.to(tl.int32), FOUR).to(tl.float32)
@@ -81,17 +82,16 @@ def _sum_gradient(
     g = tl.load(gradient + at, mask=mask, other=0.0).to(tl.float32)
     value = tl.load(y + at, mask=mask, other=0.0).to(tl.float32)
     if RELU:
-        g = tl.where(((value >= high) & (g < 0)) | (value <= 0), 0.0, g)
-    else:
-        g = tl.where(((value >= high) & (g < 0)) | ((value <= low) & (g > 0)), 0.0, g)
+        g = tl.where(value <= 0, 0.0, g)
+    g = clamp_gradient(value, g, low, high)
     if SQUAREPLUS:
         # The slope of (x + sqrt(x^2 + 4)) / 2 at the integer x.
         times = t + tl.zeros((1,), tl.int32)
         inner = _sums(x, taps, bias, base, times, c, T, C, stride_t, HAS_BIAS, 1, BLOCK_C)
-        inner = tl.floor(tl.reshape(inner, (BLOCK_C,)) * factor + half)
+        inner = rounded(tl.reshape(inner, (BLOCK_C,)), factor, half)
         inner = tl.minimum(tl.maximum(inner, low), high)
         g = g * 0.5 * (1.0 + inner / tl.sqrt_rn(inner * inner + FOUR))
-        g = tl.where(((inner >= high) & (g < 0)) | ((inner <= low) & (g > 0)), 0.0, g)
+        g = clamp_gradient(inner, g, low, high)
     return g * factor
 
 
@@ -156,8 +156,7 @@ def _conv_gradient_kernel(
 
 
 def _scalars(a: Activation) -> tuple[float, ...]:
-    half = 0.5 if a.places > 0 else 0.0
-    return 2.0**-a.places, half, float(a.low), float(a.high)
+    return 2.0**-a.places, half_unit(a.places), float(a.low), float(a.high)
 
 
 WIDTH = 4

@@ -9,12 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from triton_kernels.rounding import half_unit, rounded
 from triton_kernels.ssd import SsdScales
-
-
-@triton.jit
-def _round(x, factor, half):
-    return tl.floor(x * factor + half)
 
 
 @triton.jit
@@ -31,8 +27,8 @@ def _step_kernel(
     n_t = tl.load(decay + b * heads + h)
     # The row A[t, .] of the open chunk: column 0 is the incoming state's.
     A_at = A_memory + (b * heads + h) * (Q + 1)
-    across = _round(tl.load(A_at) * n_t, k_factor, 0.5)
-    row = _round(tl.load(A_at + 1 + q, mask=q < Q, other=0.0) * n_t, k_factor, 0.5)
+    across = rounded(tl.load(A_at) * n_t, k_factor, 0.5)
+    row = rounded(tl.load(A_at + 1 + q, mask=q < Q, other=0.0) * n_t, k_factor, 0.5)
     row = tl.where(q == t, (one_k - n_t) * e_factor, row)
     # All threads have read A before one of them writes.
     tl.debug_barrier()
@@ -44,9 +40,9 @@ def _step_kernel(
     B = tl.load(B_hat + b * N + n, mask=n < N, other=0.0)
     earlier = tl.load(B_memory + b * Q * N + square, mask=held & (q != t)[:, None], other=0.0)
     G = tl.sum(tl.where((q == t)[:, None], B[None, :], earlier) * C[None, :], 1)
-    G = _round(G, g_factor, g_half)
+    G = rounded(G, g_factor, g_half)
     G = tl.minimum(tl.maximum(G, -G_limit), G_limit)
-    M = _round(row * G, m_factor, m_half)
+    M = rounded(row * G, m_factor, m_half)
     first = (n < N) & (n * 0 + h == 0)
     tl.store(B_memory + b * Q * N + t * N + n, B, mask=first)
     X = tl.load(x + (b * heads + h) * P + p, mask=p < P, other=0.0)
@@ -61,13 +57,9 @@ def _step_kernel(
         tl.store(N_memory + b * Q * N + t * N + n, following, mask=first)
         H_at = H_memory + (b * heads + h) * P * N
         H = tl.load(H_at + p[:, None] * N + n[None, :], mask=(p < P)[:, None] & (n < N)[None, :], other=0.0)
-        u = _round(tl.sum(H * C[None, :], 1), u_factor, u_half)
-        total += _round(across, A_u_factor, A_u_half) * u * u_scale
+        u = rounded(tl.sum(H * C[None, :], 1), u_factor, u_half)
+        total += rounded(across, A_u_factor, A_u_half) * u * u_scale
     tl.store(y + (b * heads + h) * P + p, total, mask=p < P)
-
-
-def _half(places: int) -> float:
-    return 0.5 if places > 0 else 0.0
 
 
 def fused_ssd_step(
@@ -98,9 +90,10 @@ def fused_ssd_step(
     _step_kernel[(batch, heads)](
         x, B_hat, C_hat, decay, D, offset, B_next, memory["A"], memory["x"], memory["B_hat"],
         memory.get("B_next"), memory.get("H"), y, heads,
-        2.0**k, 2.0**-k, 2.0 ** (s.A_bits - k), 2.0**-s.G_shift, _half(s.G_shift), float(s.G_limit),
-        2.0**-s.M_shift, _half(s.M_shift), 2.0**s.M_align, 2.0**s.D_align, 2.0**-s.u_shift, _half(s.u_shift),
-        2.0**-narrowing, _half(narrowing), 2.0**s.u_align,
+        2.0**k, 2.0**-k, 2.0 ** (s.A_bits - k), 2.0**-s.G_shift, half_unit(s.G_shift), float(s.G_limit),
+        2.0**-s.M_shift, half_unit(s.M_shift), 2.0**s.M_align, 2.0**s.D_align,
+        2.0**-s.u_shift, half_unit(s.u_shift),
+        2.0**-narrowing, half_unit(narrowing), 2.0**s.u_align,
         Q=s.chunk_size, P=s.headdim, N=N, STATE="H" in memory,
         BLOCK_Q=triton.next_power_of_2(s.chunk_size), BLOCK_P=triton.next_power_of_2(s.headdim),
         BLOCK_N=triton.next_power_of_2(N),

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from triton_kernels.narrow import narrow_dtype, rows_of
+from triton_kernels.rounding import clamp_gradient, half_unit, rounded
 
 
 class HardSilu(NamedTuple):
@@ -31,7 +32,7 @@ class HardSilu(NamedTuple):
 @triton.jit
 def _gate(z, two, four, g_factor, g_half, g_limit):
     ramp = tl.minimum(tl.maximum(z + two, 0.0), four)
-    g = tl.floor(z * ramp * g_factor + g_half)
+    g = rounded(z * ramp, g_factor, g_half)
     return ramp, tl.minimum(tl.maximum(g, -g_limit), g_limit)
 
 
@@ -46,15 +47,9 @@ def _gate_kernel(
     y_value = tl.load(y + m * stride_y + n, mask=inside, other=0.0).to(tl.float32)
     z_value = tl.load(z + m * stride_z + n, mask=inside, other=0.0).to(tl.float32)
     _, g = _gate(z_value, two, four, g_factor, g_half, g_limit)
-    v = tl.floor(y_value * g * v_factor + v_half)
+    v = rounded(y_value * g, v_factor, v_half)
     v = tl.minimum(tl.maximum(v, -v_limit), v_limit)
     tl.store(out + m * D + n, v.to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _inside(value, gradient, low, high):
-    """The gradient that a clamp passes on, from its result."""
-    return tl.where(((value >= high) & (gradient < 0)) | ((value <= low) & (gradient > 0)), 0.0, gradient)
 
 
 @triton.jit
@@ -70,26 +65,25 @@ def _gate_gradient_kernel(
     y_value = tl.load(y + m * stride_y + n, mask=inside, other=0.0).to(tl.float32)
     z_value = tl.load(z + m * stride_z + n, mask=inside, other=0.0).to(tl.float32)
     ramp, g = _gate(z_value, two, four, g_factor, g_half, g_limit)
-    v = tl.floor(y_value * g * v_factor + v_half)
-    d_product = _inside(tl.minimum(tl.maximum(v, -v_limit), v_limit), d_v, -v_limit, v_limit) * v_factor
-    d_g = _inside(g, d_product * y_value, -g_limit, g_limit) * g_factor
-    d_ramp = _inside(ramp, d_g * z_value, 0.0, four)
+    v = rounded(y_value * g, v_factor, v_half)
+    d_product = (
+        clamp_gradient(tl.minimum(tl.maximum(v, -v_limit), v_limit), d_v, -v_limit, v_limit) * v_factor
+    )
+    d_g = clamp_gradient(g, d_product * y_value, -g_limit, g_limit) * g_factor
+    d_ramp = clamp_gradient(ramp, d_g * z_value, 0.0, four)
     tl.store(d_y + m * D + n, (d_product * g).to(d_y.dtype.element_ty), mask=inside)
     tl.store(d_z + m * D + n, (d_g * ramp + d_ramp).to(d_z.dtype.element_ty), mask=inside)
 
 
 def _scalars(gate: HardSilu) -> tuple[float, ...]:
-    def half(places: int) -> float:
-        return 0.5 if places > 0 else 0.0
-
     return (
         float(gate.two),
         float(gate.four),
         2.0**-gate.g_places,
-        half(gate.g_places),
+        half_unit(gate.g_places),
         float(gate.g_limit),
         2.0**-gate.v_places,
-        half(gate.v_places),
+        half_unit(gate.v_places),
         float(gate.v_limit),
     )
 

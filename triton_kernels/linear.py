@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from triton_kernels.narrow import dot_dtype, narrow_dtype, rows_of
+from triton_kernels.rounding import clamp_gradient, half_unit, rounded
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def _linear_kernel(
     half = tl.load(rounding + N + n, mask=inside, other=0.0)[None, :]
     low = tl.load(rounding + 2 * N + n, mask=inside, other=0.0)[None, :]
     high = tl.load(rounding + 3 * N + n, mask=inside, other=0.0)[None, :]
-    y = tl.floor(total * factor + half)
+    y = rounded(total, factor, half)
     at = m.to(tl.int64)[:, None] * stride_out + n[None, :]
     # Up to the end of the padded row: a mask that ends at a multiple of 16 does not split vectors.
     written = (m[:, None] < M) & (n[None, :] < stride_out)
@@ -130,8 +131,7 @@ def _rounding_gradient_kernel(
     factor = tl.load(rounding + n, mask=inside, other=0.0)[None, :]
     low = tl.load(rounding + 2 * N + n, mask=inside, other=0.0)[None, :]
     high = tl.load(rounding + 3 * N + n, mask=inside, other=0.0)[None, :]
-    stuck = ((value >= high) & (g < 0)) | ((value <= low) & (g > 0))
-    g = tl.where(stuck, 0.0, g)
+    g = clamp_gradient(value, g, low, high)
     if WANT_RESIDUAL:
         tl.store(residual_gradient + at, g, mask=both)
     g *= factor
@@ -144,7 +144,7 @@ def _rounding_table(roundings: Sequence[Rounding], columns: int, device: torch.d
     """float32 [4, columns]: factor, half, low, high of every column."""
     table = torch.empty(4, columns)
     for r in roundings:
-        values = (2.0**-r.places, 0.5 if r.places > 0 else 0.0, float(r.low), float(r.high))
+        values = (2.0**-r.places, half_unit(r.places), float(r.low), float(r.high))
         table[:, r.start : r.stop] = torch.tensor(values)[:, None]
     return table.to(device, non_blocking=True)
 

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from triton_kernels.narrow import narrow_dtype
+from triton_kernels.rounding import clamp_gradient, half_unit, rounded
 
 
 class Ladder(NamedTuple):
@@ -36,7 +37,7 @@ def _factor(
     x, ladder, FACTOR_IN: tl.constexpr, HALF: tl.constexpr, LIMIT: tl.constexpr, LEVELS: tl.constexpr
 ):
     """What each row is multiplied by, [rows, 1]."""
-    xs = tl.floor(x * FACTOR_IN + HALF)
+    xs = rounded(x, FACTOR_IN, HALF)
     xs = tl.minimum(tl.maximum(xs, -LIMIT), LIMIT)
     squares = tl.sum(xs * xs, 1, keep_dims=True)
     level = tl.zeros_like(squares).to(tl.int32)
@@ -57,7 +58,7 @@ def _norm_kernel(
     at = m.to(tl.int64)[:, None] * D + n[None, :]
     x = tl.load(x_at + at, mask=inside, other=0.0)
     factor = _factor(x, ladder, FACTOR_IN, HALF, LIMIT, LEVELS)
-    y = tl.floor(x * factor + 0.5)
+    y = rounded(x, factor, 0.5)
     y = tl.minimum(tl.maximum(y, low), high)
     tl.store(out + at, y.to(out.dtype.element_ty), mask=inside)
 
@@ -76,7 +77,7 @@ def _norm_gradient_kernel(
     y = tl.load(y_at + at, mask=inside, other=0.0).to(tl.float32)
     g = tl.load(gradient + at, mask=inside, other=0.0).to(tl.float32)
     factor = _factor(x, ladder, FACTOR_IN, HALF, LIMIT, LEVELS)
-    g = tl.where(((y >= high) & (g < 0)) | ((y <= low) & (g > 0)), 0.0, g)
+    g = clamp_gradient(y, g, low, high)
     along = tl.sum(g * x, 1, keep_dims=True) / (tl.sum(x * x, 1, keep_dims=True) + 1e-6)
     tl.store(out + at, factor * (g - x * along), mask=inside)
 
@@ -107,7 +108,7 @@ class _NormRequantize(torch.autograd.Function):
         launch = _launch(D)
         static = (
             2.0**-ladder.input_shift,
-            0.5 if ladder.input_shift else 0.0,
+            half_unit(ladder.input_shift),
             float(ladder.input_limit),
             len(ladder.thresholds),
         )

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from triton_kernels.rounding import clamp_gradient, rounded
+
 BLOCK = 1024
 
 
@@ -16,7 +18,7 @@ BLOCK = 1024
 def _quantize_kernel(real, integer, count, factor, limit, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(real + i, mask=i < count, other=0.0)
-    y = tl.floor(x * factor + 0.5)
+    y = rounded(x, factor, 0.5)
     tl.store(integer + i, tl.minimum(tl.maximum(y, -limit), limit), mask=i < count)
 
 
@@ -25,8 +27,7 @@ def _quantize_gradient_kernel(gradient, integer, out, count, factor, limit, BLOC
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     g = tl.load(gradient + i, mask=i < count, other=0.0)
     y = tl.load(integer + i, mask=i < count, other=0.0)
-    stuck = ((y >= limit) & (g < 0)) | ((y <= -limit) & (g > 0))
-    tl.store(out + i, tl.where(stuck, 0.0, g * factor), mask=i < count)
+    tl.store(out + i, clamp_gradient(y, g, -limit, limit) * factor, mask=i < count)
 
 
 class _Quantize(torch.autograd.Function):

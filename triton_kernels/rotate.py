@@ -10,11 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from triton_kernels.narrow import narrow_dtype
-
-
-@triton.jit
-def _shift(x, factor):
-    return tl.floor(x * factor + 0.5)
+from triton_kernels.rounding import rounded
 
 
 @triton.jit
@@ -33,13 +29,13 @@ def _rotate_kernel(
     a = tl.load(first + constant, mask=inside, other=0.0)
     s = tl.load(second + constant, mask=inside, other=0.0)
     if SHEAR:
-        v1 += _shift(a * v2, factor)
-        v2 += _shift(s * v1, factor)
-        v1 += _shift(a * v2, factor)
+        v1 += rounded(a * v2, factor, 0.5)
+        v2 += rounded(s * v1, factor, 0.5)
+        v1 += rounded(a * v2, factor, 0.5)
         turn = tl.load(sign + constant, mask=inside, other=0.0)
         y1, y2 = turn * v1, turn * v2
     else:
-        y1, y2 = _shift(a * v1 - s * v2, factor), _shift(s * v1 + a * v2, factor)
+        y1, y2 = rounded(a * v1 - s * v2, factor, 0.5), rounded(s * v1 + a * v2, factor, 0.5)
     to = (b.to(tl.int64) * T + t)[:, None] * (2 * HALF) + n[None, :]
     tl.store(out + to, y1.to(out.dtype.element_ty), mask=inside)
     tl.store(out + to + HALF, y2.to(out.dtype.element_ty), mask=inside)
@@ -70,8 +66,8 @@ def _rotate_gradient_kernel(
         g2 = tl.load(gradient + to + HALF, mask=inside, other=0.0).to(tl.float32)
         if SHEAR:
             turn = tl.load(sign + constant, mask=inside, other=0.0)
-            w1 = v1 + _shift(a * v2, factor)
-            w2 = v2 + _shift(s * w1, factor)
+            w1 = v1 + rounded(a * v2, factor, 0.5)
+            w2 = v2 + rounded(s * w1, factor, 0.5)
             g1, g2 = turn * g1, turn * g2
             # Backwards through v1 += a w2, v2 += s w1, v1 += a v2.
             d_a += g1 * w2 * factor

@@ -7,13 +7,11 @@ Without them the peer's columns are empty. Run ``python -m benchmarks.float_scan
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
-import sys
-import types
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +19,7 @@ import torch.nn.functional as F
 import triton.testing
 from torch import Tensor
 
+from benchmarks.peers import mamba_ssm_module, minimamba_module
 from triton_kernels.associative_scan import associative_scan, associative_scan_reference
 from triton_kernels.selective_scan import selective_scan, selective_scan_reference
 from triton_kernels.state_space_duality import state_space_duality, state_space_duality_reference
@@ -53,10 +52,7 @@ def mamba_ssm_scan() -> Scan | None:
     source = os.environ.get("MAMBA_SSM_SOURCE")
     if source is None:
         return None
-    package = types.ModuleType("mamba_ssm")
-    package.__path__ = [os.path.join(source, "mamba_ssm")]
-    sys.modules["mamba_ssm"] = package
-    scan: Scan = importlib.import_module("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
+    scan: Scan = mamba_ssm_module(Path(source), "ops.triton.ssd_combined").mamba_chunk_scan_combined
     return scan
 
 
@@ -65,9 +61,8 @@ def minimamba_scan(channels: int, d_state: int) -> Scan | None:
     source = os.environ.get("MINIMAMBA_SOURCE")
     if source is None:
         return None
-    sys.path.insert(0, source)
-    s6 = importlib.import_module("minimamba.s6").S6
-    config = importlib.import_module("minimamba.config").MambaConfig(
+    s6 = minimamba_module(Path(source), "s6").S6
+    config = minimamba_module(Path(source), "config").MambaConfig(
         d_model=channels // 2, n_layer=1, vocab_size=16, d_state=d_state, expand=2
     )
     layer = s6(config).cuda()

@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib
 import os
-import sys
 import time
-import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -28,6 +25,7 @@ from torch.nn import functional
 
 from benchmarks import float_scans
 from benchmarks.hardware import hardware
+from benchmarks.peers import mamba_ssm_module, minimamba_module
 from mamba_int.config import MambaIntConfig
 from mamba_int.files import write_json
 from mamba_int.float_models.config import MambaConfig
@@ -305,15 +303,14 @@ def integer_model(n_layer: int, length: int, vocabulary: int) -> MambaInt:
 
 def mamba_ssm_model(peers: Path, vocabulary: int) -> nn.Module:
     """Mamba-2, 12 x 768, of ``mamba_ssm``; its convolution is PyTorch's, for want of the CUDA extension."""
-    package = types.ModuleType("mamba_ssm")
-    package.__path__ = [str(peers / "mamba_ssm")]
-    sys.modules["mamba_ssm"] = package
-    sys.modules.setdefault("selective_scan_cuda", types.ModuleType("selective_scan_cuda"))
-    config = importlib.import_module("mamba_ssm.models.config_mamba").MambaConfig(
-        d_model=768, n_layer=12, vocab_size=vocabulary, tie_embeddings=False,
+    config = mamba_ssm_module(peers, "models.config_mamba").MambaConfig(
+        d_model=768,
+        n_layer=12,
+        vocab_size=vocabulary,
+        tie_embeddings=False,
         ssm_cfg={"layer": "Mamba2", "d_state": 64, "headdim": 64, "use_mem_eff_path": False},
-    )  # fmt: skip
-    model: nn.Module = importlib.import_module("mamba_ssm.models.mixer_seq_simple").MambaLMHeadModel(
+    )
+    model: nn.Module = mamba_ssm_module(peers, "models.mixer_seq_simple").MambaLMHeadModel(
         config, device="cuda"
     )
     return model
@@ -321,11 +318,10 @@ def mamba_ssm_model(peers: Path, vocabulary: int) -> nn.Module:
 
 def minimamba_speed(peers: Path, shape: tuple[int, int], vocabulary: int) -> float:
     """Mamba-1, 6 x 512, of MiniMamba, in float32 as it comes: tokens a second."""
-    sys.path.insert(0, str(peers))
-    config = importlib.import_module("minimamba.config").MambaLMConfig(
+    config = minimamba_module(peers, "config").MambaLMConfig(
         d_model=512, n_layer=6, vocab_size=vocabulary, d_state=16
     )
-    model: nn.Module = importlib.import_module("minimamba.models").MambaForCausalLM(config).cuda()
+    model: nn.Module = minimamba_module(peers, "models").MambaForCausalLM(config).cuda()
     speed, _ = training_speed(model, lambda x, y: cross_entropy(model(x), y), shape, vocabulary, graph=False)
     return speed
 

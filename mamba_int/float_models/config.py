@@ -17,6 +17,7 @@ Activation = Literal["silu", "gelu", "relu", "identity"]
 """As in ``triton_kernels.activation``, which needs torch and this module does not."""
 ScanType = Literal["sequential", "chunked", "associative"]
 Pooling = Literal["last", "mean", "max"]
+FinalNorm = Literal["rms", "layer"]
 
 _RANGES = {
     "vocab_size": (1, 1 << 24),
@@ -39,7 +40,8 @@ class MambaConfig:
 
     Attributes:
         mixer: name in ``mamba_int.float_models.mixer.MIXERS``: ``mamba`` (S6, arXiv 2312.00752), ``mamba2``
-            (SSD, arXiv 2405.21060), ``complex_mamba`` (complex diagonal states), or a registered one.
+            (SSD, arXiv 2405.21060), ``complex_mamba`` (complex diagonal states), ``quaternion`` (also
+            ``_lite``, ``_full``, ``_full_lite``: quaternion states), or a registered one.
         vocab_size: tokens. pad_vocab_size_multiple: rows of the embedding are a multiple of this.
         n_features: channels of real inputs; 0 for token ids.
         d_model, n_layer, expand, d_state, d_conv: as in the papers; d_inner = expand d_model.
@@ -55,7 +57,10 @@ class MambaConfig:
         dt_min, dt_max, dt_init_floor: initial step sizes, log-uniform and floored.
         dt_limit_low, dt_limit_high: mamba2: step sizes are clamped to these; 0 for no upper limit.
         A_min, A_max: mamba2: initial -A, uniform.
+        selective_axis: quaternion: the input turns the axes of the states' rotations.
         norm_epsilon: added to mean squares.
+        pre_norm: blocks read the norm of the residual stream rather than itself.
+        final_norm: after the last block, ``rms`` or ``layer`` (with a bias, the mean taken off).
         residual_in_fp32: keep the residual stream in float32 under autocast.
         tie_embeddings: the head of the language model is the embedding.
         num_labels: classes. pooling: what a classifier reads of a sequence. dropout: of the pooled vector.
@@ -89,7 +94,10 @@ class MambaConfig:
     dt_limit_high: float = 0.0
     A_min: float = 1.0
     A_max: float = 16.0
+    selective_axis: bool = False
     norm_epsilon: float = 1e-5
+    pre_norm: bool = True
+    final_norm: FinalNorm = "rms"
     residual_in_fp32: bool = True
     tie_embeddings: bool = True
     num_labels: int = 2
@@ -137,6 +145,14 @@ class MambaConfig:
                 f"{self.n_heads} heads cannot share {self.n_groups} groups",
                 "choose n_groups that divides d_inner / headdim",
             )
+        if self.mixer in ("quaternion", "quaternion_lite"):
+            need(
+                self.d_inner % self.n_groups == 0,
+                f"expand*d_model = {self.d_inner} is not a multiple of n_groups = {self.n_groups}",
+                "choose n_groups that divides it",
+            )
+        if self.selective_axis:
+            need(self.mixer == "quaternion", f"selective_axis with mixer = '{self.mixer}'", "set it to false")
         need(0 < self.dt_min <= self.dt_max, "dt_min/dt_max", "choose 0 < dt_min <= dt_max")
         need(self.dt_init_floor > 0, f"dt_init_floor = {self.dt_init_floor}", "choose a positive one")
         need(

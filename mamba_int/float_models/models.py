@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from mamba_int.errors import MambaintError
 
 # Importing a mixer registers it.
-from mamba_int.float_models import complex_mamba, mamba, mamba2  # noqa: F401
+from mamba_int.float_models import complex_mamba, mamba, mamba2, quaternion  # noqa: F401
 from mamba_int.float_models.cache import MambaCache
 from mamba_int.float_models.checkpoint import SafetensorsReader, read_config
 from mamba_int.float_models.config import MambaConfig, Pooling
@@ -31,6 +31,20 @@ from mamba_int.generation import Generation, generate
 from mamba_int.sampling import FloatSampler, SamplingConfig
 from triton_kernels.cross_entropy import IGNORED_LABEL, cross_entropy
 from triton_kernels.rms_norm import add_rms_norm
+
+
+DECAYS = ("A_log", "A_imag", "dt_bias", "Lambda_alpha", "Lambda_imag")
+"""Parameters that say how states fade and turn, by their names within a mixer."""
+
+
+class ModelOutput:
+    """What a model returns, also by key: ``outputs["loss"]`` is ``outputs.loss``."""
+
+    def __getitem__(self, name: str) -> Tensor | None:
+        if name not in vars(self):
+            raise KeyError(f"{name}; there are {', '.join(vars(self))}")
+        value: Tensor | None = vars(self)[name]
+        return value
 
 
 class RMSNorm(nn.Module):
@@ -56,12 +70,56 @@ class RMSNorm(nn.Module):
         return add_rms_norm(x, self.weight, residual, self.eps, out_dtype, residual_dtype)
 
 
+class ResidualSum(nn.Module):
+    """The residual stream without a norm.
+
+    Args:
+        residual_in_fp32: keep the sum in at least float32.
+    """
+
+    def __init__(self, residual_in_fp32: bool) -> None:
+        super().__init__()
+        self.residual_in_fp32 = residual_in_fp32
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """residual + x, twice."""
+        total = x if residual is None else residual + x
+        if self.residual_in_fp32:
+            total = total.to(torch.promote_types(total.dtype, torch.float32))
+        return total, total
+
+
+class ResidualLayerNorm(nn.Module):
+    """The residual stream and its layer norm: arXiv 1607.06450.
+
+    Args:
+        width: channels. eps: added to the variance. residual_in_fp32: keep the sum in at least float32.
+    """
+
+    def __init__(self, width: int, eps: float, residual_in_fp32: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width))
+        self.eps = eps
+        self.sum = ResidualSum(residual_in_fp32)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """norm(residual + x), and residual + x."""
+        total, _ = self.sum(x, residual)
+        return F.layer_norm(total, self.weight.shape, self.weight, self.bias, self.eps), total
+
+
 class MambaBlock(nn.Module):
     """Norm and mixer of a layer; the residual is carried beside."""
 
     def __init__(self, config: MambaConfig) -> None:
         super().__init__()
-        self.norm = RMSNorm(config.d_model, config.norm_epsilon, config.residual_in_fp32)
+        c = config
+        self.norm: nn.Module
+        if c.pre_norm:
+            self.norm = RMSNorm(c.d_model, c.norm_epsilon, c.residual_in_fp32)
+        else:
+            self.norm = ResidualSum(c.residual_in_fp32)
         self.mixer = build_mixer(config)
 
     def forward(
@@ -85,7 +143,8 @@ class MambaBackbone(nn.Module):
             self.embeddings = nn.Embedding(c.padded_vocab_size, c.d_model)
             nn.init.normal_(self.embeddings.weight, std=0.02)
         self.layers = nn.ModuleList(MambaBlock(c) for _ in range(c.n_layer))
-        self.norm_f = RMSNorm(c.d_model, c.norm_epsilon, c.residual_in_fp32)
+        final = ResidualLayerNorm if c.final_norm == "layer" else RMSNorm
+        self.norm_f = final(c.d_model, c.norm_epsilon, c.residual_in_fp32)
         self.gradient_checkpointing = False
         with torch.no_grad():
             for name, parameter in self.named_parameters():
@@ -143,7 +202,18 @@ def pool(hidden: Tensor, pooling: Pooling, attention_mask: Tensor | None = None)
 
 
 class MambaModel(nn.Module):
-    """A backbone and what stands on it; the base of the three models."""
+    """A backbone and what stands on it; the base of the three models.
+
+    Attributes:
+        architecture: what its files name it.
+    """
+
+    architecture: ClassVar[str]
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "architecture" not in vars(cls):
+            cls.architecture = cls.__name__
 
     def __init__(self, config: MambaConfig) -> None:
         super().__init__()
@@ -163,7 +233,7 @@ class MambaModel(nn.Module):
             key = name.rpartition(".")[2]
             if name == "backbone.embeddings.weight" and not self.config.n_features:
                 roles["embeddings"].append(parameter)
-            elif key in ("A_log", "A_imag", "dt_bias") or name.endswith("dt_proj.bias"):
+            elif key in DECAYS or name.endswith("dt_proj.bias"):
                 roles["decays"].append(parameter)
             else:
                 matrix = key == "weight" and parameter.ndim == 2
@@ -172,7 +242,7 @@ class MambaModel(nn.Module):
 
     def save_pretrained(self, folder: Path) -> None:
         """Write ``config.json`` and ``model.safetensors`` to a folder."""
-        save_pretrained(self, self.config, folder)
+        save_pretrained(self, self.config, self.architecture, folder)
 
     @classmethod
     def from_pretrained(cls, folder: Path) -> Self:
@@ -183,7 +253,7 @@ class MambaModel(nn.Module):
                 shape or dtype, or not finite.
         """
         architecture, config = read_config(folder)
-        if architecture != cls.__name__:
+        if architecture != cls.architecture:
             raise MambaintError(
                 f"{folder} is a {architecture}", f"read it with {architecture}.from_pretrained"
             )
@@ -193,7 +263,7 @@ class MambaModel(nn.Module):
 
 
 @dataclass
-class FeatureOutput:
+class FeatureOutput(ModelOutput):
     """Hidden states of all steps [batch, T, d_model], and the pooled ones [batch, d_model]."""
 
     hidden: Tensor
@@ -212,7 +282,7 @@ class MambaForFeatureExtraction(MambaModel):
 
 
 @dataclass
-class ClassificationOutput:
+class ClassificationOutput(ModelOutput):
     """Logits [batch, num_labels]; the mean loss in nats, if there were labels."""
 
     logits: Tensor
@@ -237,7 +307,7 @@ class MambaForSequenceClassification(MambaModel):
 
 
 @dataclass
-class CausalLMOutput:
+class CausalLMOutput(ModelOutput):
     """Logits [batch, T, vocab_size]; the mean loss in nats per predicted token, if there were labels."""
 
     logits: Tensor

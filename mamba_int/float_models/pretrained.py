@@ -65,7 +65,7 @@ def load_parameters(model: nn.Module, tensors: Mapping[str, Tensor], source: str
         )
 
 
-def save_pretrained(model: nn.Module, config: MambaConfig, folder: Path) -> None:
+def save_pretrained(model: nn.Module, config: MambaConfig, architecture: str, folder: Path) -> None:
     """Write the weights and the configuration of a model to a folder, each file atomically."""
     # Tied weights come once, under their first name.
     tensors = {name: value.detach().contiguous().cpu() for name, value in model.named_parameters()}
@@ -74,7 +74,7 @@ def save_pretrained(model: nn.Module, config: MambaConfig, folder: Path) -> None
     document = {
         "format": FORMAT,
         "version": VERSION,
-        "architecture": type(model).__name__,
+        "architecture": architecture,
         "model": config.to_dict(),
     }
     write_json(folder / CONFIG_FILE, document)

@@ -21,6 +21,9 @@ from torch import Tensor
 
 from triton_kernels.associative_scan import associative_scan, associative_scan_reference
 from triton_kernels.dispatch import runs_on_triton
+from triton_kernels.quaternion import quaternion_product
+from triton_kernels.quaternion_recurrence import quaternion_recurrence, quaternion_recurrence_reference
+from triton_kernels.quaternion_scan import quaternion_scan, quaternion_scan_reference
 from triton_kernels.selective_scan import selective_scan, selective_scan_reference
 from triton_kernels.state_space_duality import state_space_duality, state_space_duality_reference
 
@@ -286,3 +289,55 @@ STATE_SPACE_DUALITIES: dict[str, SelectiveScan] = {
     "associative": _associative_state_space_duality,
 }
 """Arguments and results as ``triton_kernels.state_space_duality.state_space_duality``."""
+
+
+# -- quaternions ------------------------------------------------------------------------------------------
+
+
+def _chunked_quaternion_scan(
+    q: Tensor,
+    B: Tensor,
+    C: Tensor,
+    S: Tensor,
+    D: Tensor | None = None,
+    initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A single step is no chunk: decoding needs no products of matrices."""
+    scan = quaternion_scan_reference if S.shape[1] == 1 else quaternion_scan
+    return scan(q, B, C, S, D, initial_state)
+
+
+def _associative_quaternion_scan(
+    q: Tensor,
+    B: Tensor,
+    C: Tensor,
+    S: Tensor,
+    D: Tensor | None = None,
+    initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The states of all steps at once, then their read-out."""
+    wide = torch.promote_types(S.dtype, torch.float32)
+    update = S.to(wide)[..., None, None] * B.to(wide)[:, :, :, None]
+    shape = update.shape[2:5]
+    factors = q.to(wide)[:, :, :, None].expand_as(update)
+    state = None if initial_state is None else initial_state.to(wide).flatten(1, 3)
+    h, end = quaternion_recurrence(factors.flatten(2, 4), update.flatten(2, 4), state)
+    y = quaternion_product(C.to(wide)[:, :, :, None], h.unflatten(2, shape)).sum(-2)
+    if D is not None:
+        y = y + F.pad((D.to(wide) * S.to(wide))[..., None], (0, 3))
+    return y.to(S.dtype), end.unflatten(1, shape)
+
+
+QUATERNION_RECURRENCES: dict[str, Recurrence] = {
+    "sequential": quaternion_recurrence_reference,
+    "chunked": quaternion_recurrence,
+    "associative": quaternion_recurrence,
+}
+"""Arguments and results as ``triton_kernels.quaternion_recurrence.quaternion_recurrence``."""
+
+QUATERNION_SCANS: dict[str, SelectiveScan] = {
+    "sequential": quaternion_scan_reference,
+    "chunked": _chunked_quaternion_scan,
+    "associative": _associative_quaternion_scan,
+}
+"""Arguments and results as ``triton_kernels.quaternion_scan.quaternion_scan``."""

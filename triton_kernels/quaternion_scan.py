@@ -174,16 +174,23 @@ def _pairs(level, t, s):
 
 
 @triton.jit
-def _level_scales(log_ptr, base, level, offset, n, mask, N: tl.constexpr):
+def _same_half(level, offset):
+    """Whether two steps are in the same half of a block of 2^level steps; never on level 0."""
+    half = 1 << tl.maximum(level - 1, 0)
+    return (offset[:, None] // half == offset[None, :] // half) & (level > 0)
+
+
+@triton.jit
+def _level_scales(log_ptr, level, offset, n, mask, N: tl.constexpr):
     """2^(l_t - l_b) of queries, b the end of the half before theirs, and 2^(l_b - l_s) of keys, b of their own."""
-    log = tl.load(log_ptr + base + offset[:, None] * N + n[None, :], mask=mask, other=0.0)
+    log = tl.load(log_ptr + offset[:, None] * N + n[None, :], mask=mask, other=0.0)
     half = 1 << tl.maximum(level - 1, 0)
     begin = (offset // half) * half
     apart = mask & (level > 0)
     before = tl.load(
-        log_ptr + base + (begin - 1)[:, None] * N + n[None, :], mask=apart & (begin > 0)[:, None], other=0.0
+        log_ptr + (begin - 1)[:, None] * N + n[None, :], mask=apart & (begin > 0)[:, None], other=0.0
     )
-    end = tl.load(log_ptr + base + (begin + half - 1)[:, None] * N + n[None, :], mask=apart, other=0.0)
+    end = tl.load(log_ptr + (begin + half - 1)[:, None] * N + n[None, :], mask=apart, other=0.0)
     queries = tl.where(apart, tl.exp2(log - before), 1.0)
     keys = tl.where(apart, tl.exp2(end - log), 1.0)
     return queries, keys
@@ -206,7 +213,9 @@ def _kernel_kernel(
     r = tl.program_id(0)
     block = tl.program_id(1).to(tl.int64) * num_groups + tl.program_id(2)
     offset = tl.arange(0, CHUNK)
-    base = block * 4 * CHUNK * N
+    log_ptr += block * CHUNK * N
+    B_hat_ptr += block * 4 * CHUNK * N
+    C_hat_ptr += block * 4 * CHUNK * N
     dtype: tl.constexpr = operand_ptr.dtype.element_ty
     K = tl.zeros([CHUNK, CHUNK], tl.float32)
     for level in range(LEVELS + 1):
@@ -214,8 +223,8 @@ def _kernel_kernel(
         for first in range(0, N, BLOCK):
             n = first + tl.arange(0, BLOCK)
             mask = (offset[:, None] >= 0) & (n[None, :] < N)
-            queries, keys = _level_scales(log_ptr, block * CHUNK * N, level, offset, n, mask, N)
-            place = base + offset[:, None] * N + n[None, :]
+            queries, keys = _level_scales(log_ptr, level, offset, n, mask, N)
+            place = offset[:, None] * N + n[None, :]
             for c in tl.static_range(4):
                 negative = ((r == 0) & (c > 0)) | ((c > 0) & (r > 0) & (c == r % 3 + 1))
                 sign = tl.where(negative, -1.0, 1.0)
@@ -388,132 +397,146 @@ def _operand_backward_kernel(
     mask = (offset[:, None] >= 0) & (n[None, :] < N)
     width: tl.constexpr = CHUNK + 4 * N
     dtype: tl.constexpr = doperand_ptr.dtype.element_ty
-    place = block * 4 * CHUNK * N + offset[:, None] * N + n[None, :]
-    logs = block * CHUNK * N
+    # Scalars to 64 bits, so that offsets within a chunk take 32.
+    log_ptr += block * CHUNK * N
+    turn_ptr += block * 4 * CHUNK * N
+    B_hat_ptr += block * 4 * CHUNK * N
+    C_hat_ptr += block * 4 * CHUNK * N
+    doperand_ptr += block * CHUNK * 4 * width
+    dkeys_ptr += block * CHUNK * 4 * N
+    dturn_ptr += block * 4 * N
+    place = offset[:, None] * N + n[None, :]
     # component 0 of the gradient of the operand: [t, s] of K, then [t, n] of what multiplies H_0
-    queries_row = (block * CHUNK + offset[:, None]) * 4 * width
-    pairs = queries_row + offset[None, :]
-    blocks = queries_row + CHUNK + n[None, :]
-    C0, C1, C2, C3 = load_quaternion(C_hat_ptr, place, CHUNK * N, mask)
-    B0, B1, B2, B3 = load_quaternion(B_hat_ptr, place, CHUNK * N, mask)
-    log = tl.load(log_ptr + logs + offset[:, None] * N + n[None, :], mask=mask, other=0.0)
+    pairs = offset[:, None] * (4 * width) + offset[None, :]
+    blocks = offset[:, None] * (4 * width) + CHUNK + n[None, :]
+    log = tl.load(log_ptr + place, mask=mask, other=0.0)
+    w0, w1, w2, w3 = load_quaternion(dturn_ptr, n[None, :] + offset[:, None] * 0, N, mask)
+    batch = row // num_chunks
+    t = (row % num_chunks) * CHUNK + offset[:, None]
+    inside = mask & (t < length)
 
-    # the chunk as a whole: queries of the state before it, keys of the state after it
+    # Queries first, then keys: both at once would not fit into registers.
+    C0, C1, C2, C3 = load_quaternion(C_hat_ptr, place, CHUNK * N, mask)
     since = tl.exp2(log)
     a0, a1, a2, a3 = load_quaternion(doperand_ptr, blocks, N, mask)
-    e0, e1, e2, e3 = load_quaternion(doperand_ptr, blocks + width, N, mask)
-    f0, f1, f2, f3 = load_quaternion(doperand_ptr, blocks + 2 * width, N, mask)
-    k0, k1, k2, k3 = load_quaternion(doperand_ptr, blocks + 3 * width, N, mask)
-    dC0 = (a0 + e1 + f2 + k3) * since
-    dC1 = (e0 - a1 + k2 - f3) * since
-    dC2 = (f0 - k1 - a2 + e3) * since
-    dC3 = (k0 + f1 - e2 - a3) * since
-    e0, e1, e2, e3 = hamilton(C0, -C1, -C2, -C3, dC0, dC1, dC2, dC3)
+    g0, g1, g2, g3 = a0, -a1, -a2, -a3
+    a0, a1, a2, a3 = load_quaternion(doperand_ptr, blocks + width, N, mask)
+    g0, g1, g2, g3 = g0 + a1, g1 + a0, g2 + a3, g3 - a2
+    a0, a1, a2, a3 = load_quaternion(doperand_ptr, blocks + 2 * width, N, mask)
+    g0, g1, g2, g3 = g0 + a2, g1 - a3, g2 + a0, g3 + a1
+    a0, a1, a2, a3 = load_quaternion(doperand_ptr, blocks + 3 * width, N, mask)
+    g0, g1, g2, g3 = (g0 + a3) * since, (g1 + a2) * since, (g2 - a1) * since, (g3 + a0) * since
     later = (offset[:, None] <= offset[None, :]).to(tl.float32)
-    turn = block * 4 * N + n[None, :] + offset[:, None] * 0
-    w0, w1, w2, w3 = load_quaternion(dturn_ptr, turn, N, mask)
+    e0, e1, e2, e3 = hamilton(C0, -C1, -C2, -C3, g0, g1, g2, g3)
     w0 = _add_product(w0, later, e0, SUM_PRECISION)
     w1 = _add_product(w1, later, e1, SUM_PRECISION)
     w2 = _add_product(w2, later, e2, SUM_PRECISION)
     w3 = _add_product(w3, later, e3, SUM_PRECISION)
-    log_total = tl.load(log_ptr + logs + (CHUNK - 1) * N + n, mask=n < N, other=0.0)
-    remaining = tl.exp2(log_total[None, :] - log)
-    keys = (block * CHUNK + offset[:, None]) * 4 * N + n[None, :]
-    k0, k1, k2, k3 = load_quaternion(dkeys_ptr, keys, N, mask)
-    dB0, dB1, dB2, dB3 = k0 * remaining, k1 * remaining, k2 * remaining, k3 * remaining
-    e0, e1, e2, e3 = hamilton(dB0, dB1, dB2, dB3, B0, -B1, -B2, -B3)
-    earlier = (offset[:, None] > offset[None, :]).to(tl.float32)
-    w0 = _add_product(w0, earlier, e0, SUM_PRECISION)
-    w1 = _add_product(w1, earlier, e1, SUM_PRECISION)
-    w2 = _add_product(w2, earlier, e2, SUM_PRECISION)
-    w3 = _add_product(w3, earlier, e3, SUM_PRECISION)
-
     for level in range(LEVELS + 1):
-        queries, key_scale = _level_scales(log_ptr, logs, level, offset, n, mask, N)
-        c0, c1 = (C0 * queries).to(dtype), (C1 * queries).to(dtype)
-        c2, c3 = (C2 * queries).to(dtype), (C3 * queries).to(dtype)
-        b0, b1 = (B0 * key_scale).to(dtype), (B1 * key_scale).to(dtype)
-        b2, b3 = (B2 * key_scale).to(dtype), (B3 * key_scale).to(dtype)
-        zero = tl.zeros([CHUNK, BLOCK], tl.float32)
+        queries, key_scale = _level_scales(log_ptr, level, offset, n, mask, N)
+        b0, b1, b2, b3 = load_quaternion(B_hat_ptr, place, CHUNK * N, mask)
+        b0, b1 = (b0 * key_scale).to(dtype), (b1 * key_scale).to(dtype)
+        b2, b3 = (b2 * key_scale).to(dtype), (b3 * key_scale).to(dtype)
         chosen = _pairs(level, offset[:, None], offset[None, :])
+        zero = tl.zeros([CHUNK, BLOCK], tl.float32)
         dK = tl.load(doperand_ptr + pairs, mask=chosen, other=0.0)
         x0 = _add_product(zero, dK, b0, PRECISION)
         x1 = _add_product(zero, dK, -b1, PRECISION)
         x2 = _add_product(zero, dK, -b2, PRECISION)
         x3 = _add_product(zero, dK, -b3, PRECISION)
-        dK = tl.trans(dK)
-        z0 = _add_product(zero, dK, c0, PRECISION)
-        z1 = _add_product(zero, dK, -c1, PRECISION)
-        z2 = _add_product(zero, dK, -c2, PRECISION)
-        z3 = _add_product(zero, dK, -c3, PRECISION)
         dK = tl.load(doperand_ptr + pairs + width, mask=chosen, other=0.0)
         x1 = _add_product(x1, dK, b0, PRECISION)
         x0 = _add_product(x0, dK, b1, PRECISION)
         x3 = _add_product(x3, dK, -b2, PRECISION)
         x2 = _add_product(x2, dK, b3, PRECISION)
-        dK = tl.trans(dK)
-        z0 = _add_product(z0, dK, c1, PRECISION)
-        z1 = _add_product(z1, dK, c0, PRECISION)
-        z2 = _add_product(z2, dK, -c3, PRECISION)
-        z3 = _add_product(z3, dK, c2, PRECISION)
         dK = tl.load(doperand_ptr + pairs + 2 * width, mask=chosen, other=0.0)
         x2 = _add_product(x2, dK, b0, PRECISION)
         x3 = _add_product(x3, dK, b1, PRECISION)
         x0 = _add_product(x0, dK, b2, PRECISION)
         x1 = _add_product(x1, dK, -b3, PRECISION)
-        dK = tl.trans(dK)
-        z0 = _add_product(z0, dK, c2, PRECISION)
-        z1 = _add_product(z1, dK, c3, PRECISION)
-        z2 = _add_product(z2, dK, c0, PRECISION)
-        z3 = _add_product(z3, dK, -c1, PRECISION)
         dK = tl.load(doperand_ptr + pairs + 3 * width, mask=chosen, other=0.0)
         x3 = _add_product(x3, dK, b0, PRECISION)
         x2 = _add_product(x2, dK, -b1, PRECISION)
         x1 = _add_product(x1, dK, b2, PRECISION)
         x0 = _add_product(x0, dK, b3, PRECISION)
-        dK = tl.trans(dK)
-        z0 = _add_product(z0, dK, c3, PRECISION)
-        z1 = _add_product(z1, dK, -c2, PRECISION)
-        z2 = _add_product(z2, dK, c1, PRECISION)
-        z3 = _add_product(z3, dK, c0, PRECISION)
         x0, x1, x2, x3 = x0 * queries, x1 * queries, x2 * queries, x3 * queries
-        z0, z1, z2, z3 = z0 * key_scale, z1 * key_scale, z2 * key_scale, z3 * key_scale
-        dC0, dC1, dC2, dC3 = dC0 + x0, dC1 + x1, dC2 + x2, dC3 + x3
-        dB0, dB1, dB2, dB3 = dB0 + z0, dB1 + z1, dB2 + z2, dB3 + z3
-        # Queries are in right halves and keys in left ones: sums over the steps of one's own half.
-        half = 1 << tl.maximum(level - 1, 0)
-        together = (offset[:, None] // half == offset[None, :] // half) & (level > 0)
+        g0, g1, g2, g3 = g0 + x0, g1 + x1, g2 + x2, g3 + x3
+        # Queries are in right halves: sums over the later steps of their own half.
+        later = (_same_half(level, offset) & (offset[:, None] <= offset[None, :])).to(tl.float32)
+        C0, C1, C2, C3 = load_quaternion(C_hat_ptr, place, CHUNK * N, mask)
         e0, e1, e2, e3 = hamilton(C0, -C1, -C2, -C3, x0, x1, x2, x3)
-        later = (together & (offset[:, None] <= offset[None, :])).to(tl.float32)
         w0 = _add_product(w0, later, e0, SUM_PRECISION)
         w1 = _add_product(w1, later, e1, SUM_PRECISION)
         w2 = _add_product(w2, later, e2, SUM_PRECISION)
         w3 = _add_product(w3, later, e3, SUM_PRECISION)
-        e0, e1, e2, e3 = hamilton(z0, z1, z2, z3, B0, -B1, -B2, -B3)
-        earlier = (together & (offset[:, None] > offset[None, :])).to(tl.float32)
+    u0, u1, u2, u3 = load_quaternion(turn_ptr, place, CHUNK * N, mask)
+    x0, x1, x2, x3 = hamilton(g0, g1, g2, g3, u0, -u1, -u2, -u3)
+    target = batch * dC_batch + t * dC_time + group * dC_group + n[None, :] * dC_state
+    store_quaternion(dC_ptr, target, dC_component, x0, x1, x2, x3, inside)
+
+    B0, B1, B2, B3 = load_quaternion(B_hat_ptr, place, CHUNK * N, mask)
+    log_total = tl.load(log_ptr + (CHUNK - 1) * N + n, mask=n < N, other=0.0)
+    remaining = tl.exp2(log_total[None, :] - log)
+    keys = offset[:, None] * (4 * N) + n[None, :]
+    g0, g1, g2, g3 = load_quaternion(dkeys_ptr, keys, N, mask)
+    g0, g1, g2, g3 = g0 * remaining, g1 * remaining, g2 * remaining, g3 * remaining
+    earlier = (offset[:, None] > offset[None, :]).to(tl.float32)
+    e0, e1, e2, e3 = hamilton(g0, g1, g2, g3, B0, -B1, -B2, -B3)
+    w0 = _add_product(w0, earlier, e0, SUM_PRECISION)
+    w1 = _add_product(w1, earlier, e1, SUM_PRECISION)
+    w2 = _add_product(w2, earlier, e2, SUM_PRECISION)
+    w3 = _add_product(w3, earlier, e3, SUM_PRECISION)
+    # [s, t] of component 0
+    flipped = offset[None, :] * (4 * width) + offset[:, None]
+    for level in range(LEVELS + 1):
+        queries, key_scale = _level_scales(log_ptr, level, offset, n, mask, N)
+        c0, c1, c2, c3 = load_quaternion(C_hat_ptr, place, CHUNK * N, mask)
+        c0, c1 = (c0 * queries).to(dtype), (c1 * queries).to(dtype)
+        c2, c3 = (c2 * queries).to(dtype), (c3 * queries).to(dtype)
+        chosen = _pairs(level, offset[None, :], offset[:, None])
+        zero = tl.zeros([CHUNK, BLOCK], tl.float32)
+        dK = tl.load(doperand_ptr + flipped, mask=chosen, other=0.0)
+        x0 = _add_product(zero, dK, c0, PRECISION)
+        x1 = _add_product(zero, dK, -c1, PRECISION)
+        x2 = _add_product(zero, dK, -c2, PRECISION)
+        x3 = _add_product(zero, dK, -c3, PRECISION)
+        dK = tl.load(doperand_ptr + flipped + width, mask=chosen, other=0.0)
+        x0 = _add_product(x0, dK, c1, PRECISION)
+        x1 = _add_product(x1, dK, c0, PRECISION)
+        x2 = _add_product(x2, dK, -c3, PRECISION)
+        x3 = _add_product(x3, dK, c2, PRECISION)
+        dK = tl.load(doperand_ptr + flipped + 2 * width, mask=chosen, other=0.0)
+        x0 = _add_product(x0, dK, c2, PRECISION)
+        x1 = _add_product(x1, dK, c3, PRECISION)
+        x2 = _add_product(x2, dK, c0, PRECISION)
+        x3 = _add_product(x3, dK, -c1, PRECISION)
+        dK = tl.load(doperand_ptr + flipped + 3 * width, mask=chosen, other=0.0)
+        x0 = _add_product(x0, dK, c3, PRECISION)
+        x1 = _add_product(x1, dK, -c2, PRECISION)
+        x2 = _add_product(x2, dK, c1, PRECISION)
+        x3 = _add_product(x3, dK, c0, PRECISION)
+        x0, x1, x2, x3 = x0 * key_scale, x1 * key_scale, x2 * key_scale, x3 * key_scale
+        g0, g1, g2, g3 = g0 + x0, g1 + x1, g2 + x2, g3 + x3
+        earlier = (_same_half(level, offset) & (offset[:, None] > offset[None, :])).to(tl.float32)
+        B0, B1, B2, B3 = load_quaternion(B_hat_ptr, place, CHUNK * N, mask)
+        e0, e1, e2, e3 = hamilton(x0, x1, x2, x3, B0, -B1, -B2, -B3)
         w0 = _add_product(w0, earlier, e0, SUM_PRECISION)
         w1 = _add_product(w1, earlier, e1, SUM_PRECISION)
         w2 = _add_product(w2, earlier, e2, SUM_PRECISION)
         w3 = _add_product(w3, earlier, e3, SUM_PRECISION)
-
     u0, u1, u2, u3 = load_quaternion(turn_ptr, place, CHUNK * N, mask)
-    batch = row // num_chunks
-    t = (row % num_chunks) * CHUNK + offset[:, None]
-    outside = mask & (t < length)
-    x0, x1, x2, x3 = hamilton(dC0, dC1, dC2, dC3, u0, -u1, -u2, -u3)
-    target = batch * dC_batch + t * dC_time + group * dC_group + n[None, :] * dC_state
-    store_quaternion(dC_ptr, target, dC_component, x0, x1, x2, x3, outside)
-    x0, x1, x2, x3 = hamilton(u0, u1, u2, u3, dB0, dB1, dB2, dB3)
+    x0, x1, x2, x3 = hamilton(u0, u1, u2, u3, g0, g1, g2, g3)
     target = batch * dB_batch + t * dB_time + group * dB_group + n[None, :] * dB_state
-    store_quaternion(dB_ptr, target, dB_component, x0, x1, x2, x3, outside)
+    store_quaternion(dB_ptr, target, dB_component, x0, x1, x2, x3, inside)
+
     x0, x1, x2, x3 = hamilton(u0, u1, u2, u3, w0, w1, w2, w3)
     x0, x1, x2, x3 = hamilton(x0, x1, x2, x3, u0, -u1, -u2, -u3)
     source = batch * q_batch + t * q_time + group * q_group + n[None, :] * q_state
-    q0, q1, q2, q3 = load_quaternion(q_ptr, source, q_component, outside)
+    q0, q1, q2, q3 = load_quaternion(q_ptr, source, q_component, inside)
     square = tl.maximum(q0 * q0 + q1 * q1 + q2 * q2 + q3 * q3, SMALLEST_SQUARE)
     x0, x1, x2, x3 = hamilton(x0, x1, x2, x3, q0 / square, q1 / square, q2 / square, q3 / square)
     target = batch * dq_batch + t * dq_time + group * dq_group + n[None, :] * dq_state
-    store_quaternion(dq_ptr, target, dq_component, x0, x1, x2, x3, outside)
+    store_quaternion(dq_ptr, target, dq_component, x0, x1, x2, x3, inside)
 
 
 @triton.jit
@@ -647,7 +670,7 @@ def _prefix(q: Tensor, B: Tensor, C: Tensor, shape: _Shape) -> _Prefix:
         s.groups,
         N=s.states,
         CHUNK=s.chunk,
-        BLOCK=min(32 if wide else 64, max(16, triton.next_power_of_2(s.states))),
+        BLOCK=min(32, max(16, triton.next_power_of_2(s.states))),
         LEVELS=s.levels,
         PRECISION=s.precision,
         num_warps=4,
@@ -822,7 +845,7 @@ class _QuaternionScan(torch.autograd.Function):
                 LEVELS=s.levels,
                 PRECISION=s.precision,
                 SUM_PRECISION="tf32x3" if s.dtype == torch.float32 else "tf32",
-                num_warps=8,
+                num_warps=4,
                 num_stages=1,
             )
             dS = dS[:, : s.length]

@@ -8,9 +8,10 @@ With p = (a, b, c, d), the left product with q is Hamilton's (1843):
 It is associative and does not commute. For the scalar product of four real numbers <p q, r> = <p, r q*> =
 <q, p* r>, which is all its backward needs: the same kernel with one factor conjugated.
 
-Kernels read any strides, so that factors are broadcast without being copied. They are bound by bytes: a product
-reads 8 numbers and writes 4 for 28 operations. Memory with the four components in planes, [..., 4, N] under the
-shape [..., N, 4], is read in whole lines; components side by side cost four passes through the cache.
+Kernels read any strides, so that factors are broadcast without being copied. They are bound by bytes: a
+product reads 8 numbers and writes 4 for 28 operations. Memory with the four components in planes, [..., 4, N]
+under the shape [..., N, 4], is read in whole lines; components side by side cost four passes through the
+cache.
 """
 
 from __future__ import annotations
@@ -158,7 +159,9 @@ def _unary_kernel(
         if BACKWARD:
             g = tl.load(g_ptr + g_place, mask=mask, other=0.0).to(tl.float32)
             slope = tl.where(square > 0.0, g / tl.where(square > 0.0, norm, 1.0), 0.0)
-            store_quaternion(out_ptr, place, out_component, x0 * slope, x1 * slope, x2 * slope, x3 * slope, mask)
+            store_quaternion(
+                out_ptr, place, out_component, x0 * slope, x1 * slope, x2 * slope, x3 * slope, mask
+            )
         else:
             tl.store(out_ptr + place, norm.to(out_ptr.dtype.element_ty), mask=mask)
     else:
@@ -210,7 +213,7 @@ def _axes(shape: Sequence[int], strides: list[list[int]]) -> tuple[list[int], li
 
 
 def _launch(kernel: Any, operands: list[Tensor], scalars: Sequence[int], **constants: Any) -> None:
-    """Run a kernel over quaternions that all have one shape; those numbered in ``scalars`` have no components."""
+    """Run a kernel over quaternions of one shape; operands numbered in ``scalars`` have no components."""
 
     def strides(x: Tensor, scalar: bool) -> tuple[list[int], int]:
         return (list(x.stride()), 0) if scalar else (list(x.stride()[:-1]), x.stride(-1))
@@ -304,6 +307,13 @@ def quaternion_product_reference(p: Tensor, q: Tensor) -> Tensor:
     return torch.stack(components, -1).to(p.dtype)
 
 
+def quaternion_left_matrix(p: Tensor) -> Tensor:
+    """The real matrix of q -> p q, [..., 4, 4] of [..., 4]."""
+    p0, p1, p2, p3 = p.unbind(-1)
+    rows = ((p0, -p1, -p2, -p3), (p1, p0, -p3, p2), (p2, p3, p0, -p1), (p3, -p2, p1, p0))
+    return torch.stack([torch.stack(row, -1) for row in rows], -2)
+
+
 def quaternion_product(p: Tensor, q: Tensor) -> Tensor:
     """Hamilton's product p q, broadcast over the axes before the last.
 
@@ -379,9 +389,9 @@ def cayley_reference(z: Tensor) -> Tensor:
 def cayley(z: Tensor) -> Tensor:
     """The Cayley transform q = (1 + z/2) (1 - z/2)^-1 of quaternions, the trapezoidal rule for h' = z h.
 
-    In closed form q = (1 - |z|^2/4 + Im z) / (1 - Re z + |z|^2/4), one division. |q|^2 = 1 + 2 Re z / |1 - z/2|^2,
-    so |q| < 1 exactly where Re z < 0, and |q| = 1 where Re z = 0: a rotation about Im z by 4 atan(|z|/2)
-    of vectors (q v q*), by half of that of quaternions (q h).
+    In closed form q = (1 - |z|^2/4 + Im z) / (1 - Re z + |z|^2/4), one division. |q|^2 = 1 + 2 Re z / |1 -
+    z/2|^2, so |q| < 1 exactly where Re z < 0, and |q| = 1 where Re z = 0: a rotation about Im z by 4
+    atan(|z|/2) of vectors (q v q*), by half of that of quaternions (q h).
 
     Args:
         z: [..., 4], of a float dtype; not 2.
@@ -414,4 +424,6 @@ def _unary(x: Tensor, operation: Unary) -> Tensor:
 
 def _check(x: Tensor) -> None:
     if x.ndim < 1 or x.shape[-1] != 4 or 0 in x.shape:
-        raise ValueError(f"a quaternion tensor has shape {tuple(x.shape)}; give it as [..., 4], none of them 0")
+        raise ValueError(
+            f"a quaternion tensor has shape {tuple(x.shape)}; give it as [..., 4], none of them 0"
+        )

@@ -2,17 +2,19 @@
 
     s = mean_d |y_d|^2 + eps         out_d = gamma_d y_d / sqrt(s) + beta_d
 
-The factor is positive, so without beta every out_d points where gamma_d y_d does: nothing is turned or flipped,
-and a rotation of all y is one of all outputs.
+The factor is positive, so without beta every out_d points where gamma_d y_d does: nothing is turned or
+flipped, and a rotation of all y is one of all outputs.
 
-``centered`` is the norm of the quaternion source (mambaqc; ``source-systems.md``, 1.1.1), for its checkpoints:
+``centered`` is the norm of the quaternion source (mambaqc; ``source-systems.md``, 1.1.1), for its
+checkpoints:
 
-    n_d = sqrt(|y_d|^2 + eps)        out_d = gamma_d (n_d - mean n) / sqrt(var n + eps) y_d / (n_d + eps) + beta_d
+    n_d = sqrt(|y_d|^2 + eps)        out_d = gamma_d (n_d - mean n) / sqrt(var n + eps) y_d / (n_d + eps) +
+    beta_d
 
 It takes the mean off the magnitudes, so that every channel of less than the mean magnitude is flipped.
 
-A row, [4, D], is read once and kept in registers. Backward programs walk over many rows and keep the gradients
-of gamma and beta; bytes: forward 8 D, backward 12 D per row in half precision.
+A row, [4, D], is read once and kept in registers. Backward programs walk over many rows and keep the
+gradients of gamma and beta; bytes: forward 8 D, backward 12 D per row in half precision.
 """
 
 from __future__ import annotations

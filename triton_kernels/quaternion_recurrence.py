@@ -1,17 +1,18 @@
 """The quaternion recurrence h_t = q_t h_{t-1} + u_t of every channel for itself, and the product q_t ... q_1.
 
 Steps compose as (q, u) then (r, v) = (r q, r u + v), which is associative though quaternions do not commute
-(Blelloch 1990, "Prefix sums and their applications", section 1.4.1). The gradient is the same recurrence from the
+(Blelloch 1990, "Prefix sums and their applications", section 1.4.1). The gradient is the same recurrence from
+the
 end: g_t = dh_t + q*_{t+1} g_{t+1}, du_t = g_t, dq_t = g_t h*_{t-1}.
 
-Cost: forward reads q and u and writes h, 12 numbers a step and channel for 36 multiply-adds of the recurrence (twice
-that as a scan): bound by bytes. Backward reads q, dh and h and writes dq and du, 20 numbers.
+Cost: forward reads q and u and writes h, 12 numbers a step and channel for 36 multiply-adds of the recurrence
+    (twice that as a scan): bound by bytes. Backward reads q, dh and h and writes dq and du, 20 numbers.
 
-A program is one warp: 32 channels, one a lane, with ``STEPS`` steps in the lane's registers, so that the scan needs
-no other lane; it comes from keeping the integer arguments unspecialized, see ``selective_scan``. It walks through
-time alone where there are channels enough to fill a GPU. With fewer, time is cut into segments that all run at
-once, after a first pass over each for what it does to the state and the same recurrence over these: O(log T) deep
-but for the steps of a segment, and 8 numbers more to read.
+A program is one warp: 32 channels, one a lane, with ``STEPS`` steps in the lane's registers, so that the scan
+needs no other lane; it comes from keeping the integer arguments unspecialized, see ``selective_scan``. It
+walks through time alone where there are channels enough to fill a GPU. With fewer, time is cut into segments
+that all run at once, after a first pass over each for what it does to the state and the same recurrence over
+these: O(log T) deep but for the steps of a segment, and 8 numbers more to read.
 
 ``quaternion_scan`` is the recurrence with a read-out, where channels share their q, as matrix products.
 """
@@ -115,9 +116,10 @@ def _recurrence_kernel(
 ):
     """h of all steps of a segment from the state before it in ``start`` [batch, segments, D, 4].
 
-    REVERSE: steps are taken from the last to the first, each with the conjugate q of the step after it in time
-    (one at the last step); ``end`` is then q*_0 g_0. TOTALS: only the composition of a segment, (product, end).
-    GRADIENT, with REVERSE: h is du, and dq comes from ``states``, the h of forward, and ``initial`` before them.
+    REVERSE: steps are taken from the last to the first, each with the conjugate q of the step after it in
+        time (one at the last step); ``end`` is then q*_0 g_0. TOTALS: only the composition of a segment,
+        (product, end). GRADIENT, with REVERSE: h is du, and dq comes from ``states``, the h of forward, and
+        ``initial`` before them.
     """
     batch = tl.program_id(1).to(tl.int64)
     segment = tl.program_id(2)
@@ -181,7 +183,12 @@ def _recurrence_kernel(
             d0, d1, d2, d3 = hamilton(u0, u1, u2, u3, h0, -h1, -h2, -h3)
             dq_place = batch * dq_batch + time * dq_time + channel * dq_channel
             store_quaternion(dq_ptr, dq_place, dq_component, d0, d1, d2, d3, mask)
-        s0, s1, s2, s3 = _take_last(u0, last), _take_last(u1, last), _take_last(u2, last), _take_last(u3, last)
+        s0, s1, s2, s3 = (
+            _take_last(u0, last),
+            _take_last(u1, last),
+            _take_last(u2, last),
+            _take_last(u3, last),
+        )
         if TOTALS:
             l0, l1, l2, l3 = (
                 _take_last(q0, last),
@@ -302,20 +309,19 @@ def quaternion_recurrence_reference(
     return torch.stack(states, 1).to(q.dtype), state
 
 
-def quaternion_recurrence(
-    q: Tensor, u: Tensor, initial_state: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def quaternion_recurrence(q: Tensor, u: Tensor, initial_state: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """h_t = q_t h_{t-1} + u_t in Hamilton products, over the second axis.
 
-    Kernels compute in float32; float64 inputs and CPU tensors use ``quaternion_recurrence_reference``. Memory in
-    planes, [batch, T, 4, D] under these shapes, is read in whole lines.
+    Kernels compute in float32; float64 inputs and CPU tensors use ``quaternion_recurrence_reference``. Memory
+    in planes, [batch, T, 4, D] under these shapes, is read in whole lines.
 
     Args:
         q, u: [batch, T, D, 4], of one dtype: bfloat16, float16, float32 or float64.
         initial_state: [batch, D, 4]; zero if not given.
 
     Returns:
-        h like ``u``, and the final state [batch, D, 4] of at least float32. Both have gradients to every argument.
+        h like ``u``, and the final state [batch, D, 4] of at least float32. Both have gradients to every
+        argument.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit.

@@ -3,35 +3,37 @@
     h_t,pk = q_t,k h_{t-1},pk + B_t,k S_t,p            y_t,p = sum_k C_t,k h_t,pk + D_p S_t,p
 
 for a group of P real channels S and N states k: the state is [P, N] quaternions, all products are Hamilton's
-and from the left. Any q is allowed: it may change its axis from step to step, so that the q of one state do not
-commute, and may be zero; it should not be larger than one.
+and from the left. Any q is allowed: it may change its axis from step to step, so that the q of one state do
+not commute, and may be zero; it should not be longer than one.
 
 A chunk has Q steps. With P_t = q_t ... q_1 from the chunk's start and H the state before the chunk,
 
-    y_t = sum_{s<=t} K_ts S_s + C_t P_t H       K_ts = sum_k C_t q_t ... q_{s+1} B_s       (a quaternion for each t, s)
+    y_t = sum_{s<=t} K_ts S_s + C_t P_t H       K_ts = sum_k C_t q_t ... q_{s+1} B_s, a quaternion
 
-K belongs to the group, not to its channels, so it costs next to nothing. With q = |q| q^, U_t = q^_t ... q^_1 and
-l_t = sum log2 |q|, q_t ... q_{s+1} = 2^(l_t - l_s) U_t U*_s: rotations are undone exactly, being of length one, and
-leave C^ = C U and B^ = U* B; magnitudes must not be undone, 2^(-l_s) would overflow. So K is summed in log2 Q
-levels: steps t and s that part at a block of 2m steps, t in its right half and s in its left, meet at the
-boundary b, 2^(l_t - l_b) and 2^(l_b - l_s) are at most one, and the level is one masked product of matrices.
+K belongs to the group, not to its channels. With q = |q| q^, U_t = q^_t ... q^_1 and l_t = sum log2 |q|,
+q_t ... q_{s+1} = 2^(l_t - l_s) U_t U*_s. Rotations are undone exactly, being of length one, and leave C^ = C U
+and B^ = U* B; magnitudes must not be undone, 2^(-l_s) would overflow. So K is summed in log2 Q levels: steps t
+and s that part at a block of 2m steps, t in its right half and s in its left, meet at the boundary b, where
+2^(l_t - l_b) and 2^(l_b - l_s) are at most one, and a level is one masked product of matrices. (Sub-blocks for
+vector decays: Yang et al. 2024, arXiv 2312.06635, section 4.3; here down to single steps, and with rotations.)
 
-What is read and written, and what is computed, by token, with D = G P channels, 8192 tokens, D 1536, G 2, N 64:
-S, y: 10 D bytes in half precision; q, B, C: 32 G N; in all 159 MB, 0.04 ms of copying at 4.2 TB/s. Operations: the
-read-out of the state 32 N D, its update 8 N D, K S 8 Q D; in all 39 GFLOP, 0.06 ms at 700 TFLOP/s, and 25 more for
-K itself. So the scan is bound by operations, and its large products are cuBLAS': [K | C P] times [S; H] for
-y, B^ times S for the state, and in backward the four products that are their gradients. The kernels here make the
-operands and carry the state through the chunks:
+What it costs, with D = G P channels, for 8192 tokens, D 1536, G 2, N 64, half precision: S and y are 10 D bytes
+a token, q, B and C 32 G N; in all 159 MB, 0.04 ms of copying at 4.2 TB/s. Operations a token: reading the state
+32 N D, updating it 8 N D, K S 8 Q D; in all 39 GFLOP, 0.06 ms at 700 TFLOP/s, and 8 more for K itself. So the
+scan is bound by operations; its large products are cuBLAS': [K | C P] times [S; H] for y, B^ times S for the
+state, and in backward the four products that are their gradients. The kernels make their operands and carry
+the state through the chunks:
 
-1. ``_prefix_kernel``: U, l, C^, B^ and the two operands that come from them.
-2. ``_kernel_kernel``: K.  3. ``_carry_kernel``: the state before each chunk, H' = U_Q (2^l_Q H + sum_s 2^(l_Q - l_s)
-   B^_s S_s).
-4. ``_carry_backward_kernel``: the gradient of the state after each chunk.  5. ``_operand_backward_kernel``: those
-   of q, B and C.
+1. ``_prefix_kernel``: U, l, C^, B^, and what is made of them.
+2. ``_kernel_kernel``: K.
+3. ``_carry_kernel``: the state before each chunk, H' = U_Q (2^l_Q H + sum_s 2^(l_Q - l_s) B^_s S_s).
+4. ``_carry_backward_kernel``: the gradient of the state after each chunk.
+5. ``_operand_backward_kernel``: those of q, B and C.
 
-The gradient of q_j needs no differences. Turning q_j by 1 + e turns all K_ts with s < j <= t; in the frame of U_j
-that is <C^*_t dC^_t, U*_j e U_j> summed over t >= j, or the same of s < j. In each level every step belongs to one
-half, so the sums run over a half's steps only and pairs that q_j has no part in never enter them.
+The gradient of q_j needs no differences. Turning q_j by 1 + e turns all K_ts with s < j <= t; in the frame of
+U_j that is <C^*_t dC^_t, U*_j e U_j> summed over t >= j, or dB^_s B^*_s summed over s < j. On a level every
+step belongs to one half, so these sums run over a half's steps only, and pairs that q_j has no part in never
+enter them.
 
 This is the float operation. ``quaternion_recurrence`` is the scan of channels that share nothing.
 """
@@ -73,9 +75,13 @@ def _unit(q0, q1, q2, q3):
     tiny = square < SMALLEST_SQUARE
     square = tl.where(tiny, SMALLEST_SQUARE, square)
     scale = tl.rsqrt(square)
-    return tl.where(tiny, 1.0, q0 * scale), tl.where(tiny, 0.0, q1 * scale), tl.where(
-        tiny, 0.0, q2 * scale
-    ), tl.where(tiny, 0.0, q3 * scale), 0.5 * tl.log2(square)
+    return (
+        tl.where(tiny, 1.0, q0 * scale),
+        tl.where(tiny, 0.0, q1 * scale),
+        tl.where(tiny, 0.0, q2 * scale),
+        tl.where(tiny, 0.0, q3 * scale),
+        0.5 * tl.log2(square),
+    )
 
 
 @triton.jit
@@ -112,7 +118,7 @@ def _prefix_kernel(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Of one chunk and group: U, l, C^, B^; keys 2^(l_Q - l_s) B^; 2^l_t C^ as the 4 x 4 blocks of the operand
+    """Of a chunk and group: U, l, C^, B^; keys 2^(l_Q - l_s) B^; 2^l_t C^ as the 4 x 4 blocks of the operand
     [t, r, Q + 4 N], which multiply the components of H; (U_Q, 2^l_Q)."""
     row = tl.program_id(1).to(tl.int64)
     group = tl.program_id(2)
@@ -182,7 +188,7 @@ def _same_half(level, offset):
 
 @triton.jit
 def _level_scales(log_ptr, level, offset, n, mask, N: tl.constexpr):
-    """2^(l_t - l_b) of queries, b the end of the half before theirs, and 2^(l_b - l_s) of keys, b of their own."""
+    """2^(l_t - l_b) of queries, b the end of the half before, and 2^(l_b - l_s) of keys, b that of their own."""
     log = tl.load(log_ptr + offset[:, None] * N + n[None, :], mask=mask, other=0.0)
     half = 1 << tl.maximum(level - 1, 0)
     begin = (offset // half) * half
@@ -298,8 +304,9 @@ def _carry_backward_kernel(
 ):
     """The gradient of each state by what it is read for becomes that of what the chunk after it adds.
 
-    With g that of the state after the chunk, this is U*_Q g; the state before it gets 2^l_Q of that more, and a turn
-    of all q of the chunk 2^l_Q sum_p U*_Q g H*, of which ``dturn`` gets the part of this program's channels.
+    With g that of the state after the chunk, this is U*_Q g; the state before it gets 2^l_Q of that more, and
+    a turn of all q of the chunk 2^l_Q sum_p U*_Q g H*, of which ``dturn`` gets the part of this program's
+    channels.
     """
     batch = (tl.program_id(2) // num_groups).to(tl.int64)
     group = tl.program_id(2) % num_groups
@@ -701,9 +708,7 @@ def _values_and_states(
     values = stacked[:, :, : s.chunk]
     values.copy_(padded.reshape(s.rows, s.chunk, s.groups, s.channels).transpose(1, 2))
     for group in range(s.groups):
-        torch.bmm(
-            prefix.keys[:, group].transpose(1, 2), values[:, group], out=stacked[:, group, s.chunk :]
-        )
+        torch.bmm(prefix.keys[:, group].transpose(1, 2), values[:, group], out=stacked[:, group, s.chunk :])
     end = torch.empty(s.batch, s.groups, 4, s.states, s.channels, dtype=torch.float32, device=S.device)
     _carry_kernel[_carry_grid(s)](
         stacked,
@@ -809,9 +814,7 @@ class _QuaternionScan(torch.autograd.Function):
             dkeys = torch.empty_like(prefix.keys)
             for group in range(s.groups):
                 dstates = dstacked[:, group, s.chunk :]
-                torch.bmm(
-                    stacked[:, group, : s.chunk], dstates.transpose(1, 2), out=dkeys[:, group]
-                )
+                torch.bmm(stacked[:, group, : s.chunk], dstates.transpose(1, 2), out=dkeys[:, group])
                 torch.baddbmm(
                     dstacked[:, group, : s.chunk],
                     prefix.keys[:, group],
@@ -929,9 +932,10 @@ def quaternion_scan(
 ) -> tuple[Tensor, Tensor]:
     """h_t = q_t h_{t-1} + B_t S_t; y_t = sum_k C_t,k h_t,k + D S_t, in Hamilton products from the left.
 
-    Products of bfloat16 and float16 inputs run on tensor cores, with float32 sums; states between chunks and what
-    chunks add to them are rounded to the dtype of ``S``. float64 inputs and CPU tensors use
-    ``quaternion_scan_reference``. Memory of q, B and C in planes, [..., 4, N] under these shapes, is read fastest.
+    Products of bfloat16 and float16 inputs run on tensor cores, with float32 sums; states between chunks and
+    what chunks add to them are rounded to the dtype of ``S``. float64 inputs and CPU tensors use
+    ``quaternion_scan_reference``. Memory of q, B and C in planes, [..., 4, N] under these shapes, is read
+    fastest.
 
     Args:
         q: [batch, T, G, N, 4], of any float dtype, |q| <= 1; float32 keeps slow decays apart from none.

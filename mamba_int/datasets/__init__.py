@@ -1,4 +1,4 @@
-"""Data sets as integers: embedded ones, and files in CSV, NPZ, .ts (UEA/UCR), plain text or tokens."""
+"""Data sets as integers: embedded, generated, and files in CSV, NPZ, .ts (UEA/UCR), plain text or tokens."""
 
 from mamba_int.datasets.augmentation import jitter_values, shift_sequences
 from mamba_int.datasets.load import TEXT_KINDS, DataSource, load_data, source_from_path

@@ -13,13 +13,14 @@ from mamba_int.datasets.csv_file import load_csv
 from mamba_int.datasets.embedded import load_digits, load_moby_dick
 from mamba_int.datasets.npz_file import load_npz
 from mamba_int.datasets.records import ClassificationData, TextData
+from mamba_int.datasets.rotations import load_rotations
 from mamba_int.datasets.text_file import load_text
 from mamba_int.datasets.token_file import load_token_file
 from mamba_int.datasets.ts_file import load_ts
 from mamba_int.errors import MambaintError
 
-Kind = Literal["digits", "moby-dick", "csv", "npz", "ts", "text", "tokens"]
-_EMBEDDED = ("digits", "moby-dick")
+Kind = Literal["digits", "moby-dick", "rotations", "csv", "npz", "ts", "text", "tokens"]
+_EMBEDDED = ("digits", "moby-dick", "rotations")
 TEXT_KINDS = ("moby-dick", "text", "tokens")
 """Kinds that load as :class:`TextData`."""
 _KIND_OF_SUFFIX: dict[str, Kind] = {".csv": "csv", ".npz": "npz", ".ts": "ts", ".tokens": "tokens"}
@@ -33,9 +34,10 @@ class DataSource:
         kind: an embedded data set, or the format of ``path``.
         path: the file; empty for an embedded data set.
         label_column: CSV: header name or index of the label; empty for the last column.
-        seq_len: CSV: steps to fold the columns into; .ts: steps to pad or truncate to; 0: as found.
+        seq_len: CSV: steps to fold the columns into; .ts: steps to pad or truncate to; 0: as found;
+            rotations: steps to generate, 0 for 16.
         n_features: CSV: channels to fold the columns into; 0: as found.
-        split_seed: seed of the splits the file lacks.
+        split_seed: seed of the splits the file lacks, or of what is generated.
     """
 
     kind: Kind = "digits"
@@ -51,7 +53,11 @@ class DataSource:
                 f"[data] kind = {self.kind} with path = '{self.path}'",
                 "give a path for a file, and none for embedded data",
             )
-        allowed = {"csv": ("label_column", "seq_len", "n_features"), "ts": ("seq_len",)}.get(self.kind, ())
+        allowed = {
+            "csv": ("label_column", "seq_len", "n_features"),
+            "ts": ("seq_len",),
+            "rotations": ("seq_len",),
+        }.get(self.kind, ())
         for key in ("label_column", "seq_len", "n_features"):
             if getattr(self, key) and key not in allowed:
                 raise MambaintError(f"[data] {key} means nothing for kind = {self.kind}", f"remove {key}")
@@ -94,6 +100,7 @@ def load_data(source: DataSource) -> ClassificationData | TextData:
     loaders: dict[Kind, Callable[[], ClassificationData | TextData]] = {
         "digits": load_digits,
         "moby-dick": load_moby_dick,
+        "rotations": lambda: load_rotations(source.seq_len, source.split_seed),
         "csv": lambda: load_csv(
             path, source.label_column, source.seq_len, source.n_features, source.split_seed
         ),

@@ -32,7 +32,6 @@ from mamba_int.sampling import FloatSampler, SamplingConfig
 from triton_kernels.cross_entropy import IGNORED_LABEL, cross_entropy
 from triton_kernels.rms_norm import add_rms_norm
 
-
 DECAYS = ("A_log", "A_imag", "dt_bias", "Lambda_alpha", "Lambda_imag")
 """Parameters that say how states fade and turn, by their names within a mixer."""
 

@@ -1,7 +1,7 @@
 """Mixers whose states are quaternions that the input turns: Quaternion Mamba-2.
 
-The block, for u [batch, T, d_model] and with products of quaternions from the left (the quaternion source, mambaqc;
-``triton_kernels.quaternion`` has the algebra):
+The block, for u [batch, T, d_model] and with products of quaternions from the left (the quaternion source,
+mambaqc; ``triton_kernels.quaternion`` has the algebra):
 
     (x, z) = in_proj u;  x = act(conv x);  dt = softplus(dt_proj x);  (B, C) = (B_proj x, C_proj x)
     S = sigmoid(gate_proj x) x                                       real channels: quaternions (S, 0, 0, 0)
@@ -9,19 +9,24 @@ The block, for u [batch, T, d_model] and with products of quaternions from the l
     h_t = q_t h_{t-1} + B_t S_t;  y_t = sum_k C_t,k h_t,k + D S_t
     out = sigmoid(z) out_proj(norm y)
 
-``quaternion_full`` is that block as its source has it: dt for every channel; Lambda, B and C for every channel and
-state, 8 d_inner d_state outputs, which makes 2.2 billion parameters of what is called 50 million there; Im Lambda =
-tanh(Lambda_imag), the centered norm that flips channels; z has d_inner channels, of which d_model are used. It is
-for small checkpoints of that program.
+``quaternion_full`` is that block as its source has it: dt for every channel; Lambda, B and C for every
+channel and state, 8 d_inner d_state outputs, which makes 2.2 billion parameters of what is called 50 million
+there; Im Lambda = tanh(Lambda_imag), the centered norm that flips channels; z has d_inner channels, of which
+d_model are used. It is for small checkpoints of that program.
 
-``quaternion`` is our change, which makes its presets as large as they are called and its scan products of matrices:
+``quaternion`` is our change, which makes its presets as large as they are called and its scan products of
+matrices:
 
-- The d_inner / n_groups channels of a group share q, B and C, as those of a head of Mamba-2 share B and C. Each
-  of the d_state states of a group has its own dt, so that the input turns and fades every one of them by itself.
+- The d_inner / n_groups channels of a group share q, B and C, as those of a head of Mamba-2 share B and C.
+Each
+  of the d_state states of a group has its own dt, so that the input turns and fades every one of them by
+  itself.
 - B_t is dt_t B_t, the step of Euler's method: slow states do not outweigh fast ones.
 - Im Lambda is not bounded, and the norm keeps directions.
-- ``selective_axis``: Im(dt_t Lambda) + axis_proj x takes the place of Im(dt_t Lambda). With the fixed axis all q_t
-  of a state commute, so that it sees turns but not their order; with this one they do not, and h composes rotations.
+- ``selective_axis``: Im(dt_t Lambda) + axis_proj x takes the place of Im(dt_t Lambda). With the fixed axis
+all q_t
+  of a state commute, so that it sees turns but not their order; with this one they do not, and h composes
+  rotations.
 
 The ``_lite`` forms have real states: Im Lambda = 0, and only the real part of B.
 """
@@ -93,7 +98,7 @@ class _QuaternionMixer(Mixer):
         raise NotImplementedError
 
     def step_sizes(self, dt_proj: nn.Linear, x: Tensor, mask: Tensor | None) -> Tensor:
-        """softplus of the projection in at least float32; zero where a step is padding, which changes nothing."""
+        """softplus of the projection in at least float32; zero where a step is padding."""
         raw = F.linear(x, dt_proj.weight)
         dt = F.softplus(raw.to(torch.promote_types(raw.dtype, torch.float32)) + dt_proj.bias)
         return dt if mask is None else dt * mask[..., None]

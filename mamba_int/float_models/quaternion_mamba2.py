@@ -6,8 +6,8 @@
 | base | 768, 12, 64 | 2 | 150 M | 14,657 M | 143 M |
 | large | 1024, 24, 64 | 1.5 | 350 M | 52,080 M | 334 M |
 
-With a vocabulary of 10,000, embedding and head untied. Groups share B and C (``mamba_int.float_models.quaternion``);
-the channels of ``large`` are 1.5 times d_model instead of twice.
+With a vocabulary of 10,000, embedding and head untied. Groups share B and C
+(``mamba_int.float_models.quaternion``); the channels of ``large`` are 1.5 times d_model instead of twice.
 """
 
 from __future__ import annotations

@@ -21,7 +21,11 @@ from torch import Tensor
 
 from triton_kernels.associative_scan import associative_scan, associative_scan_reference
 from triton_kernels.dispatch import runs_on_triton
-from triton_kernels.quaternion import quaternion_product
+from triton_kernels.quaternion import (
+    quaternion_left_matrix,
+    quaternion_product,
+    quaternion_product_reference,
+)
 from triton_kernels.quaternion_recurrence import quaternion_recurrence, quaternion_recurrence_reference
 from triton_kernels.quaternion_scan import quaternion_scan, quaternion_scan_reference
 from triton_kernels.selective_scan import selective_scan, selective_scan_reference
@@ -31,6 +35,8 @@ Recurrence = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 SelectiveScan = Callable[..., tuple[Tensor, Tensor]]
 DUALITY_CHUNK = 64
 """Steps of a chunk of matrix products."""
+QUATERNION_CHUNK = 16
+"""Steps of a chunk of quaternion products."""
 
 
 def _chunk_length(length: int) -> int:
@@ -302,9 +308,48 @@ def _chunked_quaternion_scan(
     D: Tensor | None = None,
     initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """A single step is no chunk: decoding needs no products of matrices."""
-    scan = quaternion_scan_reference if S.shape[1] == 1 else quaternion_scan
-    return scan(q, B, C, S, D, initial_state)
+    """The q of a group act once for all its channels: K_ts = sum_k C_t q_t ... q_{s+1} B_s, then K S."""
+    length, groups, channels = S.shape[1:]
+    if length == 1:
+        # decoding needs no chunk
+        return quaternion_scan_reference(q, B, C, S, D, initial_state)
+    if runs_on_triton(S):
+        return quaternion_scan(q, B, C, S, D, initial_state)
+    wide = torch.promote_types(S.dtype, torch.float32)
+    chunk = min(QUATERNION_CHUNK, length)
+    factors, keys, queries, values = (_chunks(v.to(wide), chunk) for v in (q, B, C, S))
+    if length % chunk:
+        # Steps after the end keep the state.
+        inside = torch.arange(factors.shape[1] * chunk, device=q.device) < length
+        one = torch.tensor([1.0, 0.0, 0.0, 0.0], dtype=wide, device=q.device)
+        factors = torch.where(inside.view(-1, chunk, 1, 1, 1), factors, one)
+    # of all steps s so far, and of the state before the chunk: q_t ... q_{s+1} B_s and q_t ... q_1
+    through, since = keys[:, :, :0], torch.ones_like(keys[:, :, 0, ..., :1])
+    since = F.pad(since, (0, 3))
+    similarity, reading = [], []
+    for t in range(chunk):
+        factor, query = factors[:, :, t], queries[:, :, t]
+        moved = quaternion_product_reference(factor[:, :, None], through)
+        through = torch.cat([moved, keys[:, :, t, None]], 2)
+        since = quaternion_product_reference(factor, since)
+        row = quaternion_product_reference(query[:, :, None], through).sum(-2)
+        similarity.append(F.pad(row, (0, 0, 0, 0, 0, chunk - 1 - t)))
+        reading.append(quaternion_product_reference(query, since))
+    added = torch.einsum("bcsgni,bcsgp->bcgpni", through, values)
+    state = added.new_zeros(S.shape[0], groups, channels, q.shape[3], 4)
+    if initial_state is not None:
+        state = initial_state.to(wide)
+    starts = []
+    for i in range(added.shape[1]):
+        starts.append(state)
+        state = quaternion_product_reference(since[:, i, :, None], state) + added[:, i]
+    y = torch.einsum("bctsgi,bcsgp->bctgpi", torch.stack(similarity, 2), values)
+    left = quaternion_left_matrix(torch.stack(reading, 2))
+    y = y + torch.einsum("bctgnij,bcgpnj->bctgpi", left, torch.stack(starts, 1))
+    y = y.flatten(1, 2)[:, :length]
+    if D is not None:
+        y = y + F.pad((D.to(wide) * S.to(wide))[..., None], (0, 3))
+    return y.to(S.dtype), state
 
 
 def _associative_quaternion_scan(

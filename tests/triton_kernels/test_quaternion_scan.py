@@ -198,9 +198,7 @@ def test_the_scan_is_another_than_the_recurrence_and_its_read_out() -> None:
     values, _ = scan_operands(1, 12, 2, 3, 4, torch.float64, optional=False)
     q, B, C, S = (values[name].double() for name in ("q", "B", "C", "S"))
     update = S[..., None, None] * B[:, :, :, None]
-    h, _ = quaternion_recurrence(
-        q[:, :, :, None].expand_as(update).flatten(2, 4), update.flatten(2, 4)
-    )
+    h, _ = quaternion_recurrence(q[:, :, :, None].expand_as(update).flatten(2, 4), update.flatten(2, 4))
     y = quaternion_product(C[:, :, :, None], h.unflatten(2, update.shape[2:5])).sum(-2)
     assert torch.allclose(quaternion_scan(q, B, C, S)[0], y)
 

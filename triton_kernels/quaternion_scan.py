@@ -11,18 +11,19 @@ A chunk has Q steps. With P_t = q_t ... q_1 from the chunk's start and H the sta
     y_t = sum_{s<=t} K_ts S_s + C_t P_t H       K_ts = sum_k C_t q_t ... q_{s+1} B_s, a quaternion
 
 K belongs to the group, not to its channels. With q = |q| q^, U_t = q^_t ... q^_1 and l_t = sum log2 |q|,
-q_t ... q_{s+1} = 2^(l_t - l_s) U_t U*_s. Rotations are undone exactly, being of length one, and leave C^ = C U
-and B^ = U* B; magnitudes must not be undone, 2^(-l_s) would overflow. So K is summed in log2 Q levels: steps t
-and s that part at a block of 2m steps, t in its right half and s in its left, meet at the boundary b, where
-2^(l_t - l_b) and 2^(l_b - l_s) are at most one, and a level is one masked product of matrices. (Sub-blocks for
-vector decays: Yang et al. 2024, arXiv 2312.06635, section 4.3; here down to single steps, and with rotations.)
+q_t ... q_{s+1} = 2^(l_t - l_s) U_t U*_s. Rotations are undone exactly, being of length one, and leave C^ =
+C U and B^ = U* B; magnitudes must not be undone, 2^(-l_s) would overflow. So K is summed in log2 Q levels:
+steps t and s that part at a block of 2m steps, t in its right half and s in its left, meet at the boundary
+b, where 2^(l_t - l_b) and 2^(l_b - l_s) are at most one, and a level is one masked product of matrices.
+(Sub-blocks for vector decays: Yang et al. 2024, arXiv 2312.06635, section 4.3; here down to single steps,
+and with rotations.)
 
-What it costs, with D = G P channels, for 8192 tokens, D 1536, G 2, N 64, half precision: S and y are 10 D bytes
-a token, q, B and C 32 G N; in all 159 MB, 0.04 ms of copying at 4.2 TB/s. Operations a token: reading the state
-32 N D, updating it 8 N D, K S 8 Q D; in all 39 GFLOP, 0.06 ms at 700 TFLOP/s, and 8 more for K itself. So the
-scan is bound by operations; its large products are cuBLAS': [K | C P] times [S; H] for y, B^ times S for the
-state, and in backward the four products that are their gradients. The kernels make their operands and carry
-the state through the chunks:
+What it costs, with D = G P channels, for 8192 tokens, D 1536, G 2, N 64, half precision: S and y are 10 D
+bytes a token, q, B and C 32 G N; in all 159 MB, 0.04 ms of copying at 4.2 TB/s. Operations a token: reading
+the state 32 N D, updating it 8 N D, K S 8 Q D; in all 39 GFLOP, 0.06 ms at 700 TFLOP/s, and 8 more for K
+itself. So the scan is bound by operations; its large products are cuBLAS': [K | C P] times [S; H] for y, B^
+times S for the state, and in backward the four products that are their gradients. The kernels make their
+operands and carry the state through the chunks:
 
 1. ``_prefix_kernel``: U, l, C^, B^, and what is made of them.
 2. ``_kernel_kernel``: K.
@@ -188,7 +189,7 @@ def _same_half(level, offset):
 
 @triton.jit
 def _level_scales(log_ptr, level, offset, n, mask, N: tl.constexpr):
-    """2^(l_t - l_b) of queries, b the end of the half before, and 2^(l_b - l_s) of keys, b that of their own."""
+    """2^(l_t - l_b) of queries, b the end of the half before; 2^(l_b - l_s) of keys, b that of their own."""
     log = tl.load(log_ptr + offset[:, None] * N + n[None, :], mask=mask, other=0.0)
     half = 1 << tl.maximum(level - 1, 0)
     begin = (offset // half) * half

@@ -19,6 +19,7 @@ from quantize.importers.mamba_integer import MambaInteger
 from quantize.importers.mambaint import Mambaint
 from quantize.importers.minimamba import MiniMamba
 from quantize.importers.plan import FloatModel
+from quantize.importers.quaternion import Quaternion
 from quantize.importers.source import SourceCheckpoint
 from quantize.importers.state_spaces_mamba import StateSpacesMamba
 from quantize.importers.state_spaces_mamba2 import StateSpacesMamba2
@@ -35,6 +36,7 @@ IMPORTERS: dict[str, Importer] = {
         MiniMamba(),
         Capibara(),
         MambaInteger(),
+        Quaternion(),
     )
 }
 """Importers by the name that ``--format`` takes."""

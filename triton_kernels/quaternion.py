@@ -417,7 +417,8 @@ _REFERENCES = {
 def _unary(x: Tensor, operation: Unary) -> Tensor:
     _check(x)
     if not runs_on_triton(x):
-        return _REFERENCES[operation](x)
+        reference: Tensor = _REFERENCES[operation](x)
+        return reference
     result: Tensor = _UnaryFunction.apply(x, operation)
     return result
 

@@ -211,9 +211,9 @@ def _recurrence_kernel(
 
 def _segment_length(batch: int, length: int, channels: int) -> int:
     """Steps of a segment: all of them if the channels alone make enough programs."""
-    programs = batch * triton.cdiv(channels, CHANNELS)
-    segments = min(triton.cdiv(PROGRAMS, programs), triton.cdiv(length, SEGMENT))
-    return triton.cdiv(length, segments)
+    programs = batch * -(-channels // CHANNELS)
+    segments = min(-(-PROGRAMS // programs), -(-length // SEGMENT))
+    return -(-length // segments)
 
 
 def _run(

@@ -591,11 +591,11 @@ class _Shape:
 
     @property
     def chunk(self) -> int:
-        return min(CHUNK, max(16, triton.next_power_of_2(self.length)))
+        return min(CHUNK, max(16, int(triton.next_power_of_2(self.length))))
 
     @property
     def num_chunks(self) -> int:
-        return triton.cdiv(self.length, self.chunk)
+        return -(-self.length // self.chunk)
 
     @property
     def rows(self) -> int:

@@ -35,7 +35,7 @@ class DataSource:
         path: the file; empty for an embedded data set.
         label_column: CSV: header name or index of the label; empty for the last column.
         seq_len: CSV: steps to fold the columns into; .ts: steps to pad or truncate to; 0: as found;
-            rotations: steps to generate, 0 for 16.
+            rotations: steps to generate, 0 for 12.
         n_features: CSV: channels to fold the columns into; 0: as found.
         split_seed: seed of the splits the file lacks, or of what is generated.
     """

@@ -91,7 +91,8 @@ class _QuaternionMixer(Mixer):
             state["ssm_state"].copy_(last.detach())
         # Components in planes, as the scan leaves them in memory: nothing is copied.
         y = self.norm(y).transpose(-1, -2).flatten(-2)
-        return torch.sigmoid(z[..., : c.d_model]) * self.out_proj(y)
+        out: Tensor = torch.sigmoid(z[..., : c.d_model]) * self.out_proj(y)
+        return out
 
     def scan(self, x: Tensor, S: Tensor, mask: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor]:
         """y [batch, T, d_inner, 4] of the dtype of ``S``, and the final state."""
@@ -144,7 +145,8 @@ class QuaternionMamba2Block(_QuaternionMixer):
 
         def planes(v: Tensor, components: int) -> Tensor:
             """[batch, T, components G N] as [batch, T, G, components, N]."""
-            return v.unflatten(-1, (c.n_groups, components, c.d_state))
+            shaped: Tensor = v.unflatten(-1, (c.n_groups, components, c.d_state))
+            return shaped
 
         dt = planes(self.step_sizes(self.dt_proj, x, mask), 1)
         rates = self.rates(self.Lambda_alpha, None if self.real else self.Lambda_imag)

@@ -25,7 +25,7 @@ _GLOBAL = {
 
 def _components_first(weight: Tensor) -> Tensor:
     """Columns (channel, component) as (component, channel)."""
-    return weight.unflatten(1, (-1, 4)).transpose(1, 2).flatten(1)
+    return weight.view(len(weight), -1, 4).transpose(1, 2).flatten(1)
 
 
 COMPONENTS_FIRST = Form(lambda shape: shape, _components_first)

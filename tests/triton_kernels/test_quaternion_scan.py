@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tests.triton_kernels.float_scans import Operands, Random, assert_close, errors
 from triton_kernels import quaternion_recurrence as recurrence_module
+from triton_kernels import quaternion_scan as scan_module
 from triton_kernels.quaternion import cayley_reference, quaternion_product
 from triton_kernels.quaternion_recurrence import (
     quaternion_cumulative_product,
@@ -19,6 +20,15 @@ from triton_kernels.quaternion_recurrence import (
     quaternion_recurrence_reference,
 )
 from triton_kernels.quaternion_scan import quaternion_scan, quaternion_scan_reference
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter composes the elements of a block one by one; so many bounds are also met sooner."""
+    if request.node.get_closest_marker("gpu") is None:
+        monkeypatch.setattr(recurrence_module, "CHANNELS", 4)
+        monkeypatch.setattr(recurrence_module, "STEPS", 4)
+        monkeypatch.setattr(scan_module, "CHUNK", 16)
 
 
 def factors(random: Random, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -78,15 +88,15 @@ def compare_scan(values: Operands, gradients: tuple[Tensor | None, ...]) -> dict
 # -- the recurrence -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(2, 1, 3), (1, 8, 32), (2, 19, 5), (1, 130, 33)])
+@pytest.mark.parametrize("shape", [(2, 1, 3), (1, 4, 4), (2, 19, 5), (1, 66, 2)])
 def test_an_odd_shape_or_a_segment_bound_is_scanned_wrongly(shape: tuple[int, int, int]) -> None:
     values, gradients = recurrence_operands(*shape)
     assert_close(compare_recurrence(values, gradients), 1e-5)
 
 
 def test_segments_see_another_state_than_one_long_scan(monkeypatch: pytest.MonkeyPatch) -> None:
-    values, gradients = recurrence_operands(1, 90, 3)
-    monkeypatch.setattr(recurrence_module, "SEGMENT", 11)
+    values, gradients = recurrence_operands(1, 25, 3)
+    monkeypatch.setattr(recurrence_module, "SEGMENT", 7)
     assert_close(compare_recurrence(values, gradients), 1e-5)
     short = {name: v for name, v in values.items() if name != "initial_state"}
     assert_close(compare_recurrence(short, (gradients[0], None)), 1e-5)
@@ -107,11 +117,11 @@ def test_a_cumulative_product_is_taken_in_the_wrong_order() -> None:
     assert q.grad is not None and bool(torch.isfinite(q.grad).all())
 
 
-def test_rotations_drift_off_length_one_over_a_long_product() -> None:
-    z = Random(1)(1, 4096, 2, 4)
+def test_a_rotation_drifts_off_length_one() -> None:
+    z = Random(1)(1, 100, 1, 4)
     z[..., 0] = 0.0
     norms = quaternion_cumulative_product(cayley_reference(z))[:, -1].norm(dim=-1)
-    assert torch.allclose(norms, torch.ones_like(norms), atol=1e-4)
+    assert torch.allclose(norms, torch.ones_like(norms), atol=2e-6)
 
 
 # -- the scan with read-out ---------------------------------------------------------------------------------
@@ -128,22 +138,23 @@ def test_rotations_drift_off_length_one_over_a_long_product() -> None:
 def test_an_odd_shape_is_scanned_wrongly(
     length: int, groups: int, channels: int, states: int, optional: bool
 ) -> None:
-    values, gradients = scan_operands(2, length, groups, channels, states, optional=optional)
+    values, gradients = scan_operands(1, length, groups, channels, states, optional=optional)
     assert_close(compare_scan(values, gradients), 1e-5)
 
 
-def test_the_state_between_chunks_is_another() -> None:
-    values, gradients = scan_operands(1, 133, 1, 3, 2)
+def test_levels_of_a_whole_chunk_or_the_state_after_it_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scan_module, "CHUNK", 64)
+    values, gradients = scan_operands(1, 67, 1, 3, 2)
     assert_close(compare_scan(values, gradients), 1e-5)
 
 
 def test_padded_sequences_mix_in_the_skip() -> None:
-    values, gradients = scan_operands(3, 21, 2, 4, 2)
+    values, gradients = scan_operands(2, 3, 2, 4, 2)
     assert_close(compare_scan(values, (gradients[0], None)), 1e-5)
 
 
 def test_half_precision_is_summed_in_half_precision() -> None:
-    values, gradients = scan_operands(1, 40, 1, 6, 5, torch.float16)
+    values, gradients = scan_operands(1, 20, 1, 6, 5, torch.float16)
     assert_close(compare_scan(values, gradients), 8e-3)
 
 
@@ -155,7 +166,7 @@ def test_a_missing_gradient_is_taken_for_garbage(which: int) -> None:
 
 def test_a_state_that_forgets_at_once_makes_a_nan_or_outlives_it() -> None:
     """Magnitudes of 2^-15 and of zero, a step like any other: nothing is divided by products of them."""
-    values, gradients = scan_operands(1, 40, 1, 3, 4)
+    values, gradients = scan_operands(1, 20, 1, 3, 4)
     values["q"][:, ::3] *= 2.0**-15
     values["q"][:, 7, :, 1] = 0.0
     found = compare_scan(values, gradients)
@@ -167,27 +178,26 @@ def test_a_state_that_forgets_at_once_makes_a_nan_or_outlives_it() -> None:
 
 def test_slow_decays_lose_their_gradient_to_cancellation() -> None:
     """The gradient of a magnitude close to one is small beside the terms that a difference would cancel."""
-    values, gradients = scan_operands(1, 64, 1, 2, 2)
+    values, gradients = scan_operands(1, 32, 1, 2, 2)
     values["q"] = values["q"] / values["q"].norm(dim=-1, keepdim=True) * (1 - 1e-4)
     assert_close(compare_scan(values, gradients), 1e-5)
 
 
 def test_memory_in_planes_or_side_by_side_is_read_as_the_other() -> None:
-    values, gradients = scan_operands(2, 20, 2, 3, 5)
+    values, gradients = scan_operands(1, 6, 2, 3, 2)
     dense = quaternion_scan(**values)
-    for name in ("q", "B", "C"):
-        laid = values | {name: values[name].transpose(-1, -2).contiguous().transpose(-1, -2)}
-        for result, expected in zip(quaternion_scan(**laid), dense, strict=True):
-            assert torch.equal(result, expected)
+    laid = {name: values[name].transpose(-1, -2).contiguous().transpose(-1, -2) for name in "qBC"}
+    for result, expected in zip(quaternion_scan(**(values | laid)), dense, strict=True):
+        assert torch.equal(result, expected)
     assert_close(compare_scan(values, (torch.ones(()).expand_as(gradients[0]), gradients[1])), 1e-5)
 
 
 def test_a_sequence_cut_in_two_ends_in_another_state() -> None:
-    values, _ = scan_operands(1, 45, 2, 3, 4)
+    values, _ = scan_operands(1, 25, 1, 3, 4)
     y, state = quaternion_scan(**values)
     times = ("q", "B", "C", "S")
-    head = values | {name: values[name][:, :19] for name in times}
-    tail = values | {name: values[name][:, 19:] for name in times}
+    head = values | {name: values[name][:, :11] for name in times}
+    tail = values | {name: values[name][:, 11:] for name in times}
     y_head, between = quaternion_scan(**head)
     y_tail, end = quaternion_scan(**(tail | {"initial_state": between}))
     assert torch.allclose(torch.cat([y_head, y_tail], 1), y, atol=1e-5)

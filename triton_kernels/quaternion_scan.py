@@ -705,7 +705,7 @@ def _values_and_states(
     """[S; H] of every chunk, [rows, G, Q + 4 N, P], and the state at the end, [batch, G, 4, N, P]."""
     s = shape
     stacked = torch.empty(s.rows, s.groups, s.width, s.channels, dtype=s.dtype, device=S.device)
-    padded = F.pad(S, (0, 0, 0, 0, 0, s.num_chunks * s.chunk - s.length))
+    padded = _padded(S, s)
     values = stacked[:, :, : s.chunk]
     values.copy_(padded.reshape(s.rows, s.chunk, s.groups, s.channels).transpose(1, 2))
     for group in range(s.groups):
@@ -732,6 +732,12 @@ def _values_and_states(
 def _by_group(memory: Tensor, group: int, rows: int, columns: int) -> Tensor:
     """The matrices [chunks, rows, P] of a group in [..., G P]."""
     return memory.view(-1, rows, memory.shape[-1])[..., group * columns : (group + 1) * columns]
+
+
+def _padded(x: Tensor, shape: _Shape) -> Tensor:
+    """[batch, T, ., .] with zeros up to whole chunks; nothing is copied if it has them."""
+    padding = shape.num_chunks * shape.chunk - shape.length
+    return F.pad(x, (0, 0, 0, 0, 0, padding)) if padding else x
 
 
 def _planes(state: Tensor) -> Tensor:
@@ -775,11 +781,11 @@ class _QuaternionScan(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         q, B, C, S, D, start = ctx.saved_tensors
         s = ctx.shape
-        padding = s.num_chunks * s.chunk - s.length
+        whole = s.num_chunks * s.chunk
         if gradients[0] is None:
-            dy = S.new_zeros(s.batch, s.length + padding, 4, s.groups * s.channels)
+            dy = S.new_zeros(s.batch, whole, 4, s.groups * s.channels)
         else:
-            dy = F.pad(gradients[0].permute(0, 1, 4, 2, 3).flatten(3), (0, 0, 0, 0, 0, padding)).contiguous()
+            dy = _padded(gradients[0].permute(0, 1, 4, 2, 3).flatten(3), s).contiguous()
         dend = None if gradients[1] is None else _planes(gradients[1])
         with device_of(S), torch.autocast(S.device.type, enabled=False):
             prefix = _prefix(q, B, C, s)
@@ -811,7 +817,7 @@ class _QuaternionScan(torch.autograd.Function):
                 HAS_END=dend is not None,
                 num_warps=4,
             )
-            dS = S.new_empty(s.batch, s.length + padding, s.groups * s.channels)
+            dS = S.new_empty(s.batch, whole, s.groups * s.channels)
             dkeys = torch.empty_like(prefix.keys)
             for group in range(s.groups):
                 dstates = dstacked[:, group, s.chunk :]

@@ -59,8 +59,8 @@ class MambaConfig:
         A_min, A_max: mamba2: initial -A, uniform.
         selective_axis: quaternion: the input turns the axes of the states' rotations.
         norm_epsilon: added to mean squares.
-        pre_norm: blocks read the norm of the residual stream rather than itself.
-        final_norm: after the last block, ``rms`` or ``layer`` (with a bias, the mean taken off).
+        pre_norm: (quaternion) blocks read the norm of the residual stream rather than itself.
+        final_norm: (quaternion) after the last block, ``rms`` or ``layer`` (with a bias, the mean taken off).
         residual_in_fp32: keep the residual stream in float32 under autocast.
         tie_embeddings: the head of the language model is the embedding.
         num_labels: classes. pooling: what a classifier reads of a sequence. dropout: of the pooled vector.
@@ -153,6 +153,13 @@ class MambaConfig:
             )
         if self.selective_axis:
             need(self.mixer == "quaternion", f"selective_axis with mixer = '{self.mixer}'", "set it to false")
+        if not self.mixer.startswith("quaternion"):
+            need(
+                self.pre_norm and self.final_norm == "rms",
+                f"pre_norm = {str(self.pre_norm).lower()}, final_norm = '{self.final_norm}' with mixer = "
+                f"'{self.mixer}'",
+                "only quaternion mixers have others than true and 'rms'",
+            )
         need(0 < self.dt_min <= self.dt_max, "dt_min/dt_max", "choose 0 < dt_min <= dt_max")
         need(self.dt_init_floor > 0, f"dt_init_floor = {self.dt_init_floor}", "choose a positive one")
         need(

@@ -359,7 +359,8 @@ def quaternion_conjugate(q: Tensor) -> Tensor:
 
 def quaternion_norm_reference(q: Tensor) -> Tensor:
     """The definition of ``quaternion_norm``."""
-    return torch.linalg.vector_norm(_wide(q), dim=-1).to(q.dtype)
+    norm: Tensor = torch.linalg.vector_norm(_wide(q), dim=-1).to(q.dtype)
+    return norm
 
 
 def quaternion_norm(q: Tensor) -> Tensor:

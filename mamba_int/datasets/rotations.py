@@ -18,7 +18,7 @@ from mamba_int.errors import MambaintError
 
 UNITS_PER_RADIAN = 64
 DEVIATION = 0.4
-"""Of each component of a step's rotation vector, in radians."""
+"""Of each component of a step's rotation vector, in radians, if not told otherwise."""
 STEPS = 12
 SAMPLES = {"train": 50000, "validation": 2000, "test": 4000}
 CLASS_NAMES = ("+x", "-x", "+y", "-y", "+z", "-z")
@@ -68,11 +68,11 @@ def nearest_axis(direction: Floats) -> tuple[Integers, Floats]:
     return along.argmax(-1), ordered[:, -1] - ordered[:, -2]
 
 
-def _draw(generator: np.random.Generator, count: int, steps: int) -> Samples:
+def _draw(generator: np.random.Generator, count: int, steps: int, deviation: float) -> Samples:
     inputs, labels = [], []
     found = 0
     while found < count:
-        drawn = generator.standard_normal((count - found, steps, 3)) * (DEVIATION * UNITS_PER_RADIAN)
+        drawn = generator.standard_normal((count - found, steps, 3)) * (deviation * UNITS_PER_RADIAN)
         vectors = np.clip(np.rint(drawn), -FEATURE_LIMIT, FEATURE_LIMIT)
         label, lead = nearest_axis(upright_axis(composed_rotations(vectors / UNITS_PER_RADIAN)))
         clear = lead > _TIE
@@ -83,15 +83,21 @@ def _draw(generator: np.random.Generator, count: int, steps: int) -> Samples:
     return Samples(np.concatenate(inputs), names)
 
 
-def load_rotations(steps: int = 0, seed: int = 0) -> ClassificationData:
+def load_rotations(steps: int = 0, seed: int = 0, deviation: float = DEVIATION) -> ClassificationData:
     """50,000 bodies to train on, 2,000 to validate, 4,000 to test: int64 [n, steps, 3] and one of six axes.
 
     Args:
         steps: of a body; 0 for 12.
         seed: of the generator.
+        deviation: standard deviation of each component of a step's rotation vector, in radians.
     """
-    if steps < 0 or seed < 0:
-        raise MambaintError(f"{steps} steps from seed {seed}", "give 0 or more of both")
+    if steps < 0 or seed < 0 or not deviation > 0:
+        raise MambaintError(
+            f"{steps} steps of {deviation} radians from seed {seed}",
+            "give 0 or more, and a positive deviation",
+        )
     generator = np.random.default_rng(seed)
-    train, validation, test = (_draw(generator, count, steps or STEPS) for count in SAMPLES.values())
+    train, validation, test = (
+        _draw(generator, count, steps or STEPS, deviation) for count in SAMPLES.values()
+    )
     return assemble("rotations", train, validation, test, CLASS_NAMES)

@@ -58,5 +58,7 @@ def test_the_order_of_steps_does_not_matter(data: ClassificationData) -> None:
 def test_impossible_settings_are_taken() -> None:
     with pytest.raises(MambaintError, match="give 0 or more"):
         load_rotations(-1)
+    with pytest.raises(MambaintError, match="positive deviation"):
+        load_rotations(deviation=0.0)
     with pytest.raises(MambaintError, match="none for embedded data"):
         DataSource(kind="rotations", path="x")

@@ -1,9 +1,10 @@
 """Which models compose rotations: the order of turns decides, and only a selective axis sees it.
 
-``python -m benchmarks.rotations [--steps N] [--seeds N] [--length T]`` trains small classifiers of generated
-rigid bodies (``mamba_int.datasets.rotations``) on a CPU or a GPU and writes
-``benchmarks/results/rotations.json``. Beside the models stand logistic regressions on features that know no
-order: the length of each step's rotation vector, its three components, and the sum of all vectors.
+``python -m benchmarks.rotations [--steps N] [--seeds N] [--length T] [--deviation RADIANS]`` trains small
+classifiers of generated rigid bodies (``mamba_int.datasets.rotations``) on a CPU or a GPU, tests them on bodies
+of that many steps, twice and four times as many, and writes ``benchmarks/results/rotations.json``. Beside the
+models stand logistic regressions on features that know no order: the length of each step's rotation vector,
+its three components, and the sum of all vectors.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from benchmarks.hardware import hardware
 from mamba_int.datasets.records import ClassificationData
-from mamba_int.datasets.rotations import STEPS, UNITS_PER_RADIAN, load_rotations
+from mamba_int.datasets.rotations import DEVIATION, STEPS, UNITS_PER_RADIAN, load_rotations
 from mamba_int.files import write_json
 from mamba_int.float_models.config import MambaConfig
 from mamba_int.float_models.models import MambaForSequenceClassification
@@ -68,9 +69,10 @@ def accuracy(model: MambaForSequenceClassification, inputs: Tensor, labels: Tens
 
 
 def train(
-    form: dict[str, Any], data: ClassificationData, steps: int, seed: int, device: str
+    form: dict[str, Any], data: ClassificationData, longer: list[ClassificationData], steps: int, seed: int
 ) -> dict[str, Any]:
-    """Test accuracy after ``steps`` batches; AdamW, learning rate by cosine after a warmup of a tenth."""
+    """Test accuracies after ``steps`` batches; AdamW, learning rate by cosine after a warmup of a tenth."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(seed)
     model = MambaForSequenceClassification(config(form)).to(device)
     inputs, labels = radians(data.train_inputs).to(device), data.train_labels.to(device)
@@ -89,7 +91,12 @@ def train(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
     return {
-        "test accuracy": accuracy(model, radians(data.test_inputs).to(device), data.test_labels.to(device)),
+        "test accuracy": {
+            tested.seq_len: accuracy(
+                model, radians(tested.test_inputs).to(device), tested.test_labels.to(device)
+            )
+            for tested in (data, *longer)
+        },
         "training accuracy": accuracy(model, inputs[:3000], labels[:3000]),
         "parameters": sum(p.numel() for p in model.parameters()),
         "seconds": time.perf_counter() - began,
@@ -136,12 +143,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--length", type=int, default=STEPS)
+    parser.add_argument("--deviation", type=float, default=DEVIATION)
     options = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    data = load_rotations(options.length)
+    data, *longer = (load_rotations(n * options.length, 0, options.deviation) for n in (1, 2, 4))
     result: dict[str, Any] = {
         "steps": options.steps,
         "length": options.length,
+        "deviation": options.deviation,
         "most frequent class": float(data.test_labels.bincount().max() / len(data.test_labels)),
         "logistic": baselines(data),
         "models": {},
@@ -149,10 +157,14 @@ def main() -> None:
     for name, share in result["logistic"].items():
         print(f"logistic regression, {name:26} {share:.3f}", flush=True)
     for name, form in FORMS.items():
-        runs = [train(form, data, options.steps, seed, device) for seed in range(options.seeds)]
+        runs = [train(form, data, longer, options.steps, seed) for seed in range(options.seeds)]
         result["models"][name] = runs
-        mean = statistics.mean(run["test accuracy"] for run in runs)
-        print(f"{name:28} {mean:.3f}  {runs[0]['seconds']:.0f} s", flush=True)
+        means = (
+            statistics.mean(run["test accuracy"][tested.seq_len] for run in runs)
+            for tested in (data, *longer)
+        )
+        shares = "  ".join(f"{mean:.3f}" for mean in means)
+        print(f"{name:28} {shares}  {runs[0]['seconds']:.0f} s", flush=True)
     write_json(RESULTS, result | {"hardware": hardware()})
 
 

@@ -1,10 +1,10 @@
 """Which models compose rotations: the order of turns decides, and only a selective axis sees it.
 
 ``python -m benchmarks.rotations [--steps N] [--seeds N] [--length T] [--deviation RADIANS]`` trains small
-classifiers of generated rigid bodies (``mamba_int.datasets.rotations``) on a CPU or a GPU, tests them on bodies
-of that many steps, twice and four times as many, and writes ``benchmarks/results/rotations.json``. Beside the
-models stand logistic regressions on features that know no order: the length of each step's rotation vector,
-its three components, and the sum of all vectors.
+classifiers of generated rigid bodies (``mamba_int.datasets.rotations``) on a CPU or a GPU, tests them on
+bodies of that many steps, twice and four times as many, and writes ``benchmarks/results/rotations.json``.
+Beside the models stand logistic regressions on features that know no order: the length of each step's
+rotation vector, its three components, and the sum of all vectors.
 """
 
 from __future__ import annotations

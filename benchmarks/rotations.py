@@ -16,13 +16,22 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.hardware import hardware
 from mamba_int.datasets.records import ClassificationData
-from mamba_int.datasets.rotations import DEVIATION, STEPS, UNITS_PER_RADIAN, load_rotations
+from mamba_int.datasets.rotations import (
+    DEVIATION,
+    STEPS,
+    UNITS_PER_RADIAN,
+    composed_rotations,
+    load_rotations,
+    nearest_axis,
+    upright_axis,
+)
 from mamba_int.files import write_json
 from mamba_int.float_models.config import MambaConfig
 from mamba_int.float_models.models import MambaForSequenceClassification
@@ -57,6 +66,15 @@ def radians(inputs: Tensor) -> Tensor:
     return inputs.float() / UNITS_PER_RADIAN
 
 
+def prefix_labels(inputs: Tensor) -> Tensor:
+    """The class after every step, int64 [n, T]: short bodies are learned first, and lead to longer ones."""
+    vectors = radians(inputs).double().numpy()
+    found = [
+        nearest_axis(upright_axis(composed_rotations(vectors[:, : t + 1])))[0] for t in range(inputs.shape[1])
+    ]
+    return torch.from_numpy(np.stack(found, 1))
+
+
 def accuracy(model: MambaForSequenceClassification, inputs: Tensor, labels: Tensor) -> float:
     """Share of bodies whose class is the largest logit."""
     model.eval()
@@ -71,11 +89,11 @@ def accuracy(model: MambaForSequenceClassification, inputs: Tensor, labels: Tens
 def train(
     form: dict[str, Any], data: ClassificationData, longer: list[ClassificationData], steps: int, seed: int
 ) -> dict[str, Any]:
-    """Test accuracies after ``steps`` batches; AdamW, learning rate by cosine after a warmup of a tenth."""
+    """Test accuracies after ``steps`` batches of bodies cut to random lengths; AdamW, cosine after a warmup."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(seed)
     model = MambaForSequenceClassification(config(form)).to(device)
-    inputs, labels = radians(data.train_inputs).to(device), data.train_labels.to(device)
+    inputs, labels = radians(data.train_inputs).to(device), prefix_labels(data.train_inputs).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.01)
     began = time.perf_counter()
     generator = torch.Generator().manual_seed(seed)
@@ -84,8 +102,9 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = 1e-2 * min(warm, 0.5 * (1 + math.cos(math.pi * rest)))
         rows = torch.randint(len(labels), (BATCH,), generator=generator)
+        length = int(torch.randint(1, data.seq_len + 1, (), generator=generator))
         model.train()
-        loss = model(inputs[rows], labels=labels[rows])["loss"]
+        loss = model(inputs[rows, :length], labels=labels[rows, length - 1])["loss"]
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -97,7 +116,7 @@ def train(
             )
             for tested in (data, *longer)
         },
-        "training accuracy": accuracy(model, inputs[:3000], labels[:3000]),
+        "training accuracy": accuracy(model, inputs[:3000], labels[:3000, -1]),
         "parameters": sum(p.numel() for p in model.parameters()),
         "seconds": time.perf_counter() - began,
     }

@@ -89,7 +89,7 @@ def accuracy(model: MambaForSequenceClassification, inputs: Tensor, labels: Tens
 def train(
     form: dict[str, Any], data: ClassificationData, longer: list[ClassificationData], steps: int, seed: int
 ) -> dict[str, Any]:
-    """Test accuracies after ``steps`` batches of bodies cut to random lengths; AdamW, cosine after a warmup."""
+    """Test accuracies after ``steps`` batches of bodies of random lengths; AdamW, cosine after a warmup."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(seed)
     model = MambaForSequenceClassification(config(form)).to(device)

@@ -14,6 +14,7 @@ from mamba_int.float_models.models import (
     MambaBackbone,
     MambaBlock,
     MambaForCausalLM,
+    MambaForFeatureExtraction,
     MambaForSequenceClassification,
 )
 from quantize.blocks.registry import block_conversion
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 SAMPLES = 1 << 16
 """About as many values of a tensor are kept, in whole rows, spread evenly over the batches."""
 BATCH = 32
-FloatModel = MambaForSequenceClassification | MambaForCausalLM
+FloatModel = MambaForSequenceClassification | MambaForCausalLM | MambaForFeatureExtraction
 Progress = Callable[[int, int], None]
 """Told how many of how many inputs were seen."""
 
@@ -114,7 +115,7 @@ def trace(model: FloatModel, inputs: Tensor, record: Record) -> Tensor:
         record: told name and value of every tensor.
 
     Returns:
-        Logits, as the model gives them.
+        Logits, or the hidden states of all steps, as the model gives them.
     """
     backbone: MambaBackbone = model.backbone
     c = model.config
@@ -129,6 +130,10 @@ def trace(model: FloatModel, inputs: Tensor, record: Record) -> Tensor:
     if isinstance(model, MambaForSequenceClassification) and c.pooling == "last":
         residual = residual[:, -1]
     normed = record_norm(record, "final_norm", residual, backbone.norm_f.eps)
+    if isinstance(model, MambaForFeatureExtraction):
+        hidden = normed * backbone.norm_f.weight
+        record("hidden", hidden)
+        return hidden
     if isinstance(model, MambaForSequenceClassification):
         if c.pooling == "mean":
             normed = normed.mean(1)

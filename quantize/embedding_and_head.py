@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from torch import nn
 
-from mamba_int.float_models.models import MambaForSequenceClassification
+from mamba_int.float_models.models import MambaForFeatureExtraction, MambaForSequenceClassification
 from quantize.calibration import FloatModel
 from quantize.conversion_config import InputFormat
 from quantize.parameters import array
@@ -31,9 +31,13 @@ def embed(p: Pieces, model: FloatModel, input_format: InputFormat | None) -> str
 
 
 def head(p: Pieces, model: FloatModel, residual: str) -> str:
-    """Logits of the residual stream after the last layer."""
+    """Logits, or hidden states, of the residual stream after the last layer."""
     b, c = p.graph, p.config
-    gamma = array(model.backbone.norm_f.weight)
+    gamma, eps = array(model.backbone.norm_f.weight), model.backbone.norm_f.eps
+    if isinstance(model, MambaForFeatureExtraction):
+        weight = np.diag(gamma)
+        normed, scales = p.norm("final_norm", residual, eps, weight)
+        return p.linear("hidden", normed, weight, None, scales)
     classify = isinstance(model, MambaForSequenceClassification)
     last = classify and model.config.pooling == "last"
     source = residual
@@ -44,7 +48,6 @@ def head(p: Pieces, model: FloatModel, residual: str) -> str:
     if not classify:
         weight = weight[: model.config.vocab_size]
     weight = weight * gamma
-    eps = model.backbone.norm_f.eps
     pooled, scales = p.norm("final_norm", source, eps, weight)
     if classify and not last:
         pooled = b.add("pool_sum", "reduce", pooled, frac=b.frac[pooled], kind="sum")

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from mamba_int.errors import MambaintError
-from mamba_int.float_models.models import MambaForSequenceClassification
+from mamba_int.float_models.models import MambaForCausalLM, MambaForSequenceClassification
 from mamba_int.graph import Graph
 from quantize.blocks.registry import block_conversion
 from quantize.calibration import FloatModel, Progress, calibrate, named_layers
@@ -53,7 +53,7 @@ def convert(
     """Calibrate a float model and build its integer graph.
 
     Args:
-        model: Mamba or Mamba-2, a classifier or a language model.
+        model: Mamba or Mamba-2: a classifier, a language model, or hidden states of all steps.
         calibration: sample inputs as the float model takes them: token ids int64 [n, T] or reals
             [n, T, n_features].
         input_format: what the integers of the graph's input stand for; None for token ids.
@@ -121,12 +121,19 @@ def _check_model(model: FloatModel, input_format: InputFormat | None) -> None:
 
 def _card(p: Pieces, model: FloatModel, output: str) -> dict[str, Any]:
     c, classify = model.config, isinstance(model, MambaForSequenceClassification)
+    task = (
+        "classification"
+        if classify
+        else "language_model"
+        if isinstance(model, MambaForCausalLM)
+        else "features"
+    )
     source = p.graph.nodes[0]
     features = source.integer("features")
     frac = source.frac
     steps = p.config.seq_len
     return {
-        "task": "classification" if classify else "language_model",
+        "task": task,
         "classes": [str(i) for i in range(c.num_labels)] if classify else [],
         "input": {
             "description": f"{steps} steps of {features} features" if features else f"{steps} token ids",

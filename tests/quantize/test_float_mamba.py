@@ -13,7 +13,11 @@ from circuits.lowering import build_circuit
 from circuits.runtime.runner import OnnxRunner
 from mamba_int.errors import MambaintError
 from mamba_int.float_models.config import MambaConfig
-from mamba_int.float_models.models import MambaForCausalLM, MambaForSequenceClassification
+from mamba_int.float_models.models import (
+    MambaForCausalLM,
+    MambaForFeatureExtraction,
+    MambaForSequenceClassification,
+)
 from mamba_int.graph import IntArray
 from mamba_int.interpreter import evaluate
 from quantize.calibration import FloatModel, trace
@@ -41,6 +45,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "mamba_last": {"mixer": "mamba", "n_features": 3, "d_state": 3},
     "mamba_language": {"mixer": "mamba", "language": True, "length": 19, "bias": True, "conv_bias": False},
     "language": {"language": True, "length": 21},
+    "features": {"n_features": 3, "features": True, "length": 17},
     "language_odd": {
         "language": True,
         "length": 17,
@@ -60,9 +65,11 @@ def random_model(name: str, seed: int = 0) -> tuple[FloatModel, torch.Tensor, In
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     form = dict(FORMS[name])
-    length, language = form.pop("length", 8), form.pop("language", False)
+    length, language, features = (form.pop(key, None) for key in ("length", "language", "features"))
+    length = length or 8
     config = MambaConfig(**(SMALL | form))
-    model = (MambaForCausalLM if language else MambaForSequenceClassification)(config).eval()
+    kind = MambaForCausalLM if language else MambaForSequenceClassification
+    model = (MambaForFeatureExtraction if features else kind)(config).eval()
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if "norm" in key or key.endswith(".D"):
@@ -84,10 +91,17 @@ def converted(
     return convert(model, reals, form, config), model, reals, integers
 
 
-def noise(conversion: Conversion, model: FloatModel, reals: torch.Tensor, integers: IntArray) -> float:
-    """Mean square error of the logits over their variance."""
+def output(model: FloatModel, inputs: torch.Tensor) -> torch.Tensor:
+    """What the integer graph of a model gives too."""
     with torch.no_grad():
-        exact = model(reals).logits.double().numpy()
+        found = model(inputs)
+    result: torch.Tensor = found.hidden if isinstance(model, MambaForFeatureExtraction) else found.logits
+    return result
+
+
+def noise(conversion: Conversion, model: FloatModel, reals: torch.Tensor, integers: IntArray) -> float:
+    """Mean square error of the output over its variance."""
+    exact = output(model, reals).double().numpy()
     frac = conversion.graph.by_name[conversion.graph.output].frac
     found = evaluate(conversion.graph, integers) * 2.0**-frac
     return float(np.square(found - exact).mean() / exact.var())
@@ -97,8 +111,8 @@ def noise(conversion: Conversion, model: FloatModel, reals: torch.Tensor, intege
 def test_the_traced_forward_is_the_models_own(name: str) -> None:
     model, reals, _ = random_model(name)
     with torch.no_grad():
-        logits = trace(model, reals, lambda key, value: None)
-        torch.testing.assert_close(logits, model(reals).logits, rtol=1e-4, atol=1e-5)
+        found = trace(model, reals, lambda key, value: None)
+    torch.testing.assert_close(found, output(model, reals), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mamba_int.errors import MambaintError
+from mamba_int.float_models.mixer import Mixer
 from mamba_int.float_models.models import (
     MambaBackbone,
     MambaBlock,
@@ -17,21 +18,24 @@ from mamba_int.float_models.models import (
     MambaForFeatureExtraction,
     MambaForSequenceClassification,
 )
+from quantize.blocks.entrance import Layer
 from quantize.blocks.registry import block_conversion
 from quantize.observations import Observations, Observed, Record, record_norm
 
 if TYPE_CHECKING:
-    from mamba_int.float_models.config import MambaConfig
+    pass
 
 SAMPLES = 1 << 16
 """About as many values of a tensor are kept, in whole rows, spread evenly over the batches."""
 BATCH = 32
 FloatModel = MambaForSequenceClassification | MambaForCausalLM | MambaForFeatureExtraction
+Convertible = FloatModel | Mixer
+"""A whole model, or a mixer alone."""
 Progress = Callable[[int, int], None]
 """Told how many of how many inputs were seen."""
 
 
-def calibrate(model: FloatModel, inputs: Tensor, progress: Progress | None = None) -> Observations:
+def calibrate(model: Convertible, inputs: Tensor, progress: Progress | None = None) -> Observations:
     """Run sample inputs and note what every tensor holds.
 
     Args:
@@ -42,7 +46,7 @@ def calibrate(model: FloatModel, inputs: Tensor, progress: Progress | None = Non
     Raises:
         MambaintError: if the inputs do not fit the model, or its values are not finite on them.
     """
-    check_calibration(model.config, inputs)
+    check_calibration(model, inputs)
     observations: Observations = {}
     batches = -(-len(inputs) // BATCH)
 
@@ -69,7 +73,12 @@ def calibrate(model: FloatModel, inputs: Tensor, progress: Progress | None = Non
     return observations
 
 
-def check_calibration(config: MambaConfig, inputs: Tensor) -> None:
+def input_features(model: Convertible) -> int:
+    """Numbers of a step that the model reads; 0 for token ids."""
+    return model.config.d_model if isinstance(model, Mixer) else model.config.n_features
+
+
+def check_calibration(model: Convertible, inputs: Tensor) -> None:
     """Refuse inputs that do not fit the model.
 
     Raises:
@@ -77,11 +86,12 @@ def check_calibration(config: MambaConfig, inputs: Tensor) -> None:
     """
     if len(inputs) == 0:
         raise MambaintError("there is no calibration data", "give at least one input")
-    if config.n_features:
-        if inputs.ndim != 3 or inputs.shape[-1] != config.n_features:
+    features, vocabulary = input_features(model), model.config.vocab_size
+    if features:
+        if inputs.ndim != 3 or inputs.shape[-1] != features:
             raise MambaintError(
                 f"calibration inputs have shape {tuple(inputs.shape)}",
-                f"give them as [n, T, {config.n_features}]",
+                f"give them as [n, T, {features}]",
             )
         if not bool(inputs.isfinite().all()):
             raise MambaintError("calibration inputs are not finite", "remove NaN and infinite values")
@@ -92,21 +102,24 @@ def check_calibration(config: MambaConfig, inputs: Tensor) -> None:
             "give token ids as int64 [n, T]",
         )
     low, high = int(inputs.min()), int(inputs.max())
-    if low < 0 or high >= config.vocab_size:
+    if low < 0 or high >= vocabulary:
         raise MambaintError(
-            f"calibration token {low if low < 0 else high} is outside the vocabulary of {config.vocab_size}",
+            f"calibration token {low if low < 0 else high} is outside the vocabulary of {vocabulary}",
             "use the tokenizer of the model",
         )
 
 
-def named_layers(model: FloatModel) -> Iterator[tuple[str, MambaBlock]]:
-    """Name in the graph and block of every layer."""
+def named_layers(model: Convertible) -> Iterator[tuple[str, Layer]]:
+    """Name in the graph, norm and mixer of every layer; of a mixer alone itself."""
+    if isinstance(model, Mixer):
+        yield "layer0", Layer(None, model)
+        return
     for i, layer in enumerate(model.backbone.layers):
         assert isinstance(layer, MambaBlock)
-        yield f"layer{i}", layer
+        yield f"layer{i}", Layer(layer.norm, layer.mixer)
 
 
-def trace(model: FloatModel, inputs: Tensor, record: Record) -> Tensor:
+def trace(model: Convertible, inputs: Tensor, record: Record) -> Tensor:
     """The model's forward in eval mode, with every tensor that the integer graph has too.
 
     Args:
@@ -115,13 +128,17 @@ def trace(model: FloatModel, inputs: Tensor, record: Record) -> Tensor:
         record: told name and value of every tensor.
 
     Returns:
-        Logits, or the hidden states of all steps, as the model gives them.
+        Logits, hidden states of all steps, or what the mixer gives, as the model gives them.
     """
-    backbone: MambaBackbone = model.backbone
     c = model.config
+    block = block_conversion(c.mixer)
+    if isinstance(model, Mixer):
+        record("residual", inputs)
+        ((name, layer),) = named_layers(model)
+        return block.trace(record, name, layer, inputs)
+    backbone: MambaBackbone = model.backbone
     residual = backbone.embeddings(inputs)
     record("residual", residual)
-    block = block_conversion(c.mixer)
     for name, layer in named_layers(model):
         out = block.trace(record, name, layer, residual)
         record(f"{name}.out", out)
@@ -135,7 +152,7 @@ def trace(model: FloatModel, inputs: Tensor, record: Record) -> Tensor:
         record("hidden", hidden)
         return hidden
     if isinstance(model, MambaForSequenceClassification):
-        weight = backbone.norm_f.weight
+        weight: Tensor = backbone.norm_f.weight
         # The learned weight comes last here: means and powers of two pass through it, and a maximum if it is
         # positive.
         if c.pooling == "mean":

@@ -5,29 +5,37 @@ from __future__ import annotations
 import numpy as np
 from torch import nn
 
+from mamba_int.float_models.mixer import Mixer
 from mamba_int.float_models.models import MambaForFeatureExtraction, MambaForSequenceClassification
-from quantize.calibration import FloatModel
+from quantize.calibration import Convertible, FloatModel
 from quantize.conversion_config import InputFormat
 from quantize.parameters import array, bias_of
 from quantize.pieces import Pieces
 from quantize.scales import rounded
 
 
-def embed(p: Pieces, model: FloatModel, input_format: InputFormat | None) -> str:
+def embed(p: Pieces, model: Convertible, input_format: InputFormat | None) -> str:
     """The residual stream before the first layer."""
-    b, embeddings = p.graph, model.backbone.embeddings
+    b, limit = p.graph, p.config.residual_limit
+    if isinstance(model, Mixer):
+        assert input_format is not None
+        source = _real_input(p, input_format, model.config.d_model)
+        return b.requantize("residual", source, min(p.residual_frac, input_format.frac), limit)
+    embeddings = model.backbone.embeddings
     assert isinstance(embeddings, nn.Linear | nn.Embedding)
-    limit = p.config.residual_limit
     weight = array(embeddings.weight)
     if input_format is None or isinstance(embeddings, nn.Embedding):
         vocabulary = model.config.vocab_size
         source = b.add("input", "input", frac=0, low=0, high=vocabulary - 1, features=0)
         rows = np.clip(rounded(weight, p.residual_frac), -limit, limit)
         return b.add("residual", "embedding", source, frac=p.residual_frac, constants={"table": rows})
-    form = input_format
-    source = b.add("input", "input", frac=form.frac, low=form.low, high=form.high, features=weight.shape[1])
+    source = _real_input(p, input_format, weight.shape[1])
     embedded = p.linear("embed", source, weight, array(embeddings.bias))
     return b.requantize("residual", embedded, p.residual_frac, limit)
+
+
+def _real_input(p: Pieces, form: InputFormat, features: int) -> str:
+    return p.graph.add("input", "input", frac=form.frac, low=form.low, high=form.high, features=features)
 
 
 def head(p: Pieces, model: FloatModel, residual: str) -> str:

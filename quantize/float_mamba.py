@@ -14,10 +14,11 @@ from typing import Any
 from torch import Tensor
 
 from mamba_int.errors import MambaintError
+from mamba_int.float_models.mixer import Mixer
 from mamba_int.float_models.models import MambaForCausalLM, MambaForSequenceClassification
 from mamba_int.graph import Graph
 from quantize.blocks.registry import block_conversion
-from quantize.calibration import FloatModel, Progress, calibrate, named_layers
+from quantize.calibration import Convertible, Progress, calibrate, input_features, named_layers
 from quantize.conversion_config import PROVABLE, ConversionConfig, InputFormat
 from quantize.embedding_and_head import embed, head
 from quantize.fits import DecayFit, TableFit
@@ -43,7 +44,7 @@ class Conversion:
 
 
 def convert(
-    model: FloatModel,
+    model: Convertible,
     calibration: Tensor,
     input_format: InputFormat | None = None,
     config: ConversionConfig | None = None,
@@ -53,7 +54,8 @@ def convert(
     """Calibrate a float model and build its integer graph.
 
     Args:
-        model: Mamba or Mamba-2: a classifier, a language model, or hidden states of all steps.
+        model: Mamba or Mamba-2: a classifier, a language model, or hidden states of all steps; or a mixer
+            alone, which reads and gives vectors of d_model.
         calibration: sample inputs as the float model takes them: token ids int64 [n, T] or reals
             [n, T, n_features].
         input_format: what the integers of the graph's input stand for; None for token ids.
@@ -73,7 +75,7 @@ def convert(
 
 
 def build(
-    model: FloatModel,
+    model: Convertible,
     observations: Observations,
     input_format: InputFormat | None,
     config: ConversionConfig,
@@ -85,8 +87,9 @@ def build(
     block = block_conversion(model.config.mixer)
     residual = embed(p, model, input_format)
     for name, layer in named_layers(model):
-        residual = p.add_to_residual(name, residual, block.build(p, name, layer, residual))
-    output = head(p, model, residual)
+        out = block.build(p, name, layer, residual)
+        residual = out if isinstance(model, Mixer) else p.add_to_residual(name, residual, out)
+    output = residual if isinstance(model, Mixer) else head(p, model, residual)
     graph = p.graph.finish(output, _card(p, model, output) | (card or {}))
     kept = graph.by_name
     return Conversion(
@@ -96,25 +99,23 @@ def build(
     )
 
 
-def _check_model(model: FloatModel, input_format: InputFormat | None) -> None:
-    c = model.config
-
+def _check_model(model: Convertible, input_format: InputFormat | None) -> None:
     def need(condition: bool, cause: str, remedy: str) -> None:
         if not condition:
             raise MambaintError(cause, remedy)
 
     remedy = "convert another model"
-    block_conversion(c.mixer)
+    block_conversion(model.config.mixer)
     need(
-        bool(c.n_features) == (input_format is not None),
+        bool(input_features(model)) == (input_format is not None),
         "real inputs need an input_format, token ids have none",
-        "give input_format exactly if the model has n_features",
+        "give input_format exactly if the model reads real numbers",
     )
     for name, parameter in model.named_parameters():
         need(bool(parameter.isfinite().all()), f"the weights '{name}' are not finite", remedy)
 
 
-def _card(p: Pieces, model: FloatModel, output: str) -> dict[str, Any]:
+def _card(p: Pieces, model: Convertible, output: str) -> dict[str, Any]:
     c, classify = model.config, isinstance(model, MambaForSequenceClassification)
     task = (
         "classification"

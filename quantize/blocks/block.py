@@ -6,7 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from mamba_int.float_models.models import MambaBlock
+from quantize.blocks.entrance import Layer
 from quantize.observations import Record
 from quantize.pieces import Pieces
 
@@ -18,7 +18,7 @@ class BlockConversion(Protocol):
     names that begin with the layer's.
     """
 
-    def trace(self, record: Record, name: str, layer: MambaBlock, residual: Tensor) -> Tensor:
+    def trace(self, record: Record, name: str, layer: Layer, residual: Tensor) -> Tensor:
         """The float block in eval mode.
 
         Args:
@@ -31,7 +31,7 @@ class BlockConversion(Protocol):
         """
         ...
 
-    def build(self, p: Pieces, name: str, layer: MambaBlock, residual: str) -> str:
+    def build(self, p: Pieces, name: str, layer: Layer, residual: str) -> str:
         """The nodes of the block.
 
         Args:

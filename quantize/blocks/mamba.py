@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mamba_int.float_models.mamba import MambaMixer
-from mamba_int.float_models.models import MambaBlock
 from mamba_int.float_models.scans import SELECTIVE_SCANS
+from quantize.blocks.entrance import Layer, enter, record_entrance
 from quantize.fits import log_step
 from quantize.observations import Record, record_norm
 from quantize.parameters import array, bias_of, conv_parameters
@@ -29,7 +29,7 @@ class MambaConversion:
     The heads of the scans are the channels, each with decays of its own.
     """
 
-    def trace(self, record: Record, name: str, layer: MambaBlock, residual: Tensor) -> Tensor:
+    def trace(self, record: Record, name: str, layer: Layer, residual: Tensor) -> Tensor:
         """See ``BlockConversion``."""
 
         def at(part: str, value: Tensor) -> Tensor:
@@ -39,8 +39,7 @@ class MambaConversion:
         mixer = layer.mixer
         assert isinstance(mixer, MambaMixer)
         c = mixer.config
-        normed = record_norm(record, f"{name}.norm", residual, layer.norm.eps)
-        u, z = mixer.in_proj(normed * layer.norm.weight).chunk(2, -1)
+        u, z = mixer.in_proj(record_entrance(record, name, layer, residual)).chunk(2, -1)
         weight = mixer.conv1d.weight[:, 0]
         index = at("x_index", causal_conv1d(at("x_in", u), weight, mixer.conv1d.bias, "identity"))
         values = at("x", activate(index, c.activation))
@@ -64,16 +63,15 @@ class MambaConversion:
         out: Tensor = mixer.out_proj(gated)
         return out
 
-    def build(self, p: Pieces, name: str, layer: MambaBlock, residual: str) -> str:
+    def build(self, p: Pieces, name: str, layer: Layer, residual: str) -> str:
         """See ``BlockConversion``."""
         mixer = layer.mixer
         assert isinstance(mixer, MambaMixer)
         b, m = p.graph, mixer.config
         at = f"{name}.{{}}".format
         E = m.d_inner
-        weight = array(mixer.in_proj.weight) * array(layer.norm.weight)
         bias = bias_of(mixer.in_proj)
-        normed, scales = p.norm(at("norm"), residual, layer.norm.eps, weight)
+        normed, weight, scales = enter(p, name, layer, residual, array(mixer.in_proj.weight))
         projected = p.linear(
             at("in_proj"), normed, weight, np.zeros(len(weight)) if bias is None else bias, scales
         )

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from mamba_int.float_models.config import MambaConfig
 from mamba_int.float_models.mamba2 import Mamba2Mixer
-from mamba_int.float_models.models import MambaBlock
 from mamba_int.float_models.scans import STATE_SPACE_DUALITIES
+from quantize.blocks.entrance import Layer, enter, record_entrance
 from quantize.fits import log_step
 from quantize.observations import Record, record_norm
 from quantize.parameters import array, bias_of, conv_parameters
@@ -26,7 +26,7 @@ from triton_kernels.causal_conv1d import causal_conv1d
 class Mamba2Conversion:
     """norm; in_proj; convolution; SSD; skip; gate; norm; out_proj."""
 
-    def trace(self, record: Record, name: str, layer: MambaBlock, residual: Tensor) -> Tensor:
+    def trace(self, record: Record, name: str, layer: Layer, residual: Tensor) -> Tensor:
         """See ``BlockConversion``."""
 
         def at(part: str, value: Tensor) -> Tensor:
@@ -36,7 +36,7 @@ class Mamba2Conversion:
         mixer = layer.mixer
         assert isinstance(mixer, Mamba2Mixer)
         c = mixer.config
-        x = record_norm(record, f"{name}.norm", residual, layer.norm.eps) * layer.norm.weight
+        x = record_entrance(record, name, layer, residual)
         z, xBC, dt = mixer.in_proj(x).split([c.d_inner, mixer.conv_channels, c.n_heads], -1)
         at("z", z)
         convolved = causal_conv1d(xBC, mixer.conv1d.weight[:, 0], mixer.conv1d.bias, "identity")
@@ -73,18 +73,17 @@ class Mamba2Conversion:
         out: Tensor = mixer.out_proj(normed * mixer.norm.weight)
         return out
 
-    def build(self, p: Pieces, name: str, layer: MambaBlock, residual: str) -> str:
+    def build(self, p: Pieces, name: str, layer: Layer, residual: str) -> str:
         """See ``BlockConversion``."""
         mixer = layer.mixer
         assert isinstance(mixer, Mamba2Mixer)
         b, c, m = p.graph, p.config, mixer.config
         at = f"{name}.{{}}".format
         E, N, H = m.d_inner, m.n_groups * m.d_state, m.n_heads
-        weight = array(mixer.in_proj.weight) * array(layer.norm.weight)
         bias = bias_of(mixer.in_proj)
-        bias = np.zeros(len(weight)) if bias is None else bias
+        bias = np.zeros(mixer.in_proj.out_features) if bias is None else bias
         bias[-H:] += array(mixer.dt_bias)
-        normed, scales = p.norm(at("norm"), residual, layer.norm.eps, weight)
+        normed, weight, scales = enter(p, name, layer, residual, array(mixer.in_proj.weight))
         projected = p.linear(at("in_proj"), normed, weight, bias, scales)
         taps, conv_bias = conv_parameters(mixer.conv1d)
         parts, start = {}, 0

@@ -13,6 +13,7 @@ from circuits.lowering import build_circuit
 from circuits.runtime.runner import OnnxRunner
 from mamba_int.errors import MambaintError
 from mamba_int.float_models.config import MambaConfig
+from mamba_int.float_models.mixer import build_mixer
 from mamba_int.float_models.models import (
     MambaForCausalLM,
     MambaForFeatureExtraction,
@@ -20,7 +21,7 @@ from mamba_int.float_models.models import (
 )
 from mamba_int.graph import IntArray
 from mamba_int.interpreter import evaluate
-from quantize.calibration import FloatModel, trace
+from quantize.calibration import Convertible, input_features, trace
 from quantize.equality import compare, torch_tracer
 from quantize.float_mamba import PROVABLE, Conversion, ConversionConfig, InputFormat, convert
 from zk.prove import mock
@@ -57,6 +58,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "mamba_language": {"mixer": "mamba", "language": True, "length": 19, "bias": True, "conv_bias": False},
     "language": {"language": True, "length": 21},
     "features": {"n_features": 3, "features": True, "length": 17},
+    "mixer_alone": {"mixer_alone": True, "length": 17},
+    "mamba_mixer_alone": {"mixer_alone": True, "mixer": "mamba", "length": 9},
     "language_odd": {
         "language": True,
         "length": 17,
@@ -71,16 +74,19 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 
 
-def random_model(name: str, seed: int = 0) -> tuple[FloatModel, torch.Tensor, IntArray]:
+def random_model(name: str, seed: int = 0) -> tuple[Convertible, torch.Tensor, IntArray]:
     """A model whose norms, skips and biases are not all one or zero; real inputs; the same as integers."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     form = dict(FORMS[name])
-    length, language, features = (form.pop(key, None) for key in ("length", "language", "features"))
+    length, language, features, alone = (
+        form.pop(key, None) for key in ("length", "language", "features", "mixer_alone")
+    )
     length = length or 8
     config = MambaConfig(**(SMALL | form))
     kind = MambaForCausalLM if language else MambaForSequenceClassification
-    model = (MambaForFeatureExtraction if features else kind)(config).eval()
+    whole = (MambaForFeatureExtraction if features else kind)(config).eval()
+    model = build_mixer(config).eval() if alone else whole
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if "norm" in key or key.endswith(".D"):
@@ -88,8 +94,8 @@ def random_model(name: str, seed: int = 0) -> tuple[FloatModel, torch.Tensor, In
                 parameter.mul_((torch.rand_like(parameter) + 0.5) * (torch.rand_like(parameter) - 0.2).sign())
             elif key.endswith("bias"):
                 parameter.add_(0.1 * torch.randn_like(parameter))
-    if config.n_features:
-        integers = torch.randint(FORMAT.low, FORMAT.high + 1, (24, length, config.n_features))
+    if input_features(model):
+        integers = torch.randint(FORMAT.low, FORMAT.high + 1, (24, length, input_features(model)))
         return model, integers * 2.0**-FORMAT.frac, integers.numpy()
     tokens = torch.randint(0, config.vocab_size, (24, length))
     return model, tokens, tokens.numpy()
@@ -97,21 +103,23 @@ def random_model(name: str, seed: int = 0) -> tuple[FloatModel, torch.Tensor, In
 
 def converted(
     name: str, config: ConversionConfig | None = None
-) -> tuple[Conversion, FloatModel, Any, IntArray]:
+) -> tuple[Conversion, Convertible, Any, IntArray]:
     model, reals, integers = random_model(name)
-    form = FORMAT if model.config.n_features else None
+    form = FORMAT if input_features(model) else None
     return convert(model, reals, form, config), model, reals, integers
 
 
-def output(model: FloatModel, inputs: torch.Tensor) -> torch.Tensor:
+def output(model: Convertible, inputs: torch.Tensor) -> torch.Tensor:
     """What the integer graph of a model gives too."""
     with torch.no_grad():
         found = model(inputs)
+    if isinstance(found, torch.Tensor):
+        return found
     result: torch.Tensor = found.hidden if isinstance(model, MambaForFeatureExtraction) else found.logits
     return result
 
 
-def noise(conversion: Conversion, model: FloatModel, reals: torch.Tensor, integers: IntArray) -> float:
+def noise(conversion: Conversion, model: Convertible, reals: torch.Tensor, integers: IntArray) -> float:
     """Mean square error of the output over its variance."""
     exact = output(model, reals).double().numpy()
     frac = conversion.graph.by_name[conversion.graph.output].frac

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
 import numpy as np
@@ -227,6 +228,18 @@ def test_weights_that_are_not_finite_are_named() -> None:
         convert(model, reals, FORMAT)
 
 
-def test_a_budget_too_small_names_the_node() -> None:
-    with pytest.raises(MambaintError, match="bits"):
-        converted("last", ConversionConfig(max_bits=16))
+@pytest.mark.parametrize(
+    ("name", "changes", "cause", "remedy"),
+    [
+        ("last", {"max_bits": 16}, "'embed' .linear. outside the layers", "weight_bits or activation_bits"),
+        ("last", {"max_bits": 20, "residual_bits": 12}, "layer 0", "or raise max_bits"),
+        ("mamba_last", {"max_bits": 24, "A_bits": 23}, "'layer0.state0.ssd'", "A_bits"),
+    ],
+)
+def test_a_budget_too_small_names_the_node_its_layer_and_what_to_lower(
+    name: str, changes: dict[str, Any], cause: str, remedy: str
+) -> None:
+    with pytest.raises(MambaintError) as raised:
+        converted(name, ConversionConfig(**changes))
+    assert re.search(cause, raised.value.cause) and remedy in raised.value.remedy
+    assert "\n" not in str(raised.value)

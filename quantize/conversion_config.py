@@ -69,7 +69,7 @@ class ConversionConfig:
     index_bits: int = 10
     target: Target = "runtime"
     pieces: int = AUTOMATIC
-    error_steps: float = 1.5
+    error_steps: float = 1.0
     step_error: float = 0.125
     decay_index_bits: int = 10
     decay_bits: int = 12
@@ -134,7 +134,7 @@ class ConversionConfig:
 
 
 PROVABLE = ConversionConfig(
-    internal_bits=10,
+    internal_bits=12,
     residual_bits=12,
     norm_bits=16,
     index_bits=8,
@@ -144,7 +144,7 @@ PROVABLE = ConversionConfig(
     A_bits=12,
     M_bits=13,
     scan_bits=8,
-    gain_bits=7,
+    gain_bits=9,
     max_bits=24,
 )
 """For small circuits: all within 24 bits, curves of straight lines."""

@@ -24,6 +24,8 @@ ROUNDING = 2.0**-40
 
 
 LAWSON_STEPS = 40
+SMALL_STEP = 2.0**-6
+"""Errors of smaller steps, times -A, count as if they were this large: little of them enters."""
 
 
 @dataclass(frozen=True)
@@ -289,7 +291,8 @@ class DecayFit:
     Attributes:
         low: index of the first entry. decay: n [entries]. gain: g [entries], of ``gain_frac`` places.
         decay_error: no real u of the range has e^-u further from its n / 2^k.
-        step_error: nor (1 - n / 2^k) g relatively further from u itself.
+        step_error: nor (1 - n / 2^k) g further from u itself, as a share of u, or of ``SMALL_STEP`` if u is
+            less.
         pieces: straight lines that each is made of; 0 for tables.
     """
 
@@ -337,7 +340,7 @@ def _decay_fit(
     # Both e^-e^v and e^v are monotone.
     decay_error = float(np.abs(np.exp(-ends) - decay).max())
     entered = (1 - decay) * gain * 2.0**-gain_frac
-    step_error = float(np.abs(entered / ends - 1).max())
+    step_error = float((np.abs(entered - ends) / np.maximum(ends, SMALL_STEP)).max())
     return DecayFit(low, n, gain, gain_frac, decay_error + ROUNDING, step_error + ROUNDING, pieces)
 
 
@@ -359,7 +362,7 @@ class DecayLines:
 def fit_decay_lines(
     low: int, high: int, index_frac: int, decay_bits: int, gain_bits: int, pieces: int
 ) -> DecayLines:
-    """At most ``pieces`` lines for each; near relatively, in 1 - n / 2^k and in g, however small the step.
+    """At most ``pieces`` lines for each, nearest in 1 - n / 2^k and in what it lets enter, as shares.
 
     Args:
         pieces: at least 1. The others are :func:`fit_decay`'s.
@@ -367,17 +370,19 @@ def fit_decay_lines(
     _, middle, _ = _cells(low, high, index_frac)
     one, u = 1 << decay_bits, np.exp(middle)
     enters = -np.expm1(-u)
-    knots = _knots(enters, enters, pieces)
+    scale = np.maximum(enters, SMALL_STEP)
+    knots = _knots(enters, scale, pieces)
     bits = len(u).bit_length()
     decay_frac = decay_bits + bits
-    offset, slopes, total = _lines(enters, enters, knots, decay_frac)
+    offset, slopes, total = _lines(enters, scale, knots, decay_frac)
     # a = 1 - w, line by line.
     decay_offset, decay_slopes = (1 << decay_frac) - offset, -slopes
     total = (1 << decay_frac) - total
     n = np.clip((total + (1 << bits >> 1)) >> bits, 0, one - 1)
     exact = u / (1 - n / one)
     gain_frac = _gain_frac(exact, gain_bits)
-    gain_offset, gain_slopes, total = _lines(exact, exact, knots, gain_frac + bits)
+    scale = np.maximum(u, SMALL_STEP) / (1 - n / one)
+    gain_offset, gain_slopes, total = _lines(exact, scale, knots, gain_frac + bits)
     gain = np.clip((total + (1 << bits >> 1)) >> bits, 0, (1 << gain_bits) - 1)
     places = tuple(int(knot) + low for knot in knots)
     return DecayLines(

@@ -21,17 +21,17 @@ MOST_PIECES = 16
 
 
 def table_cells(entries: int, tables: int = 1) -> int:
-    """Cells of a circuit for one element: a looked-up row of zeros and a one, two dots and two lookups that
-    prove it, and a dot for each of the tables that share it; see ``circuits.gadgets.choice``."""
+    """Cells of a circuit for one element: a private row of zeros and a one, looked up, two dots with lookups
+    that prove it, and a dot for each of the tables that share it; see ``circuits.gadgets.choice``."""
     even = entries + entries % 2
     proof = entries + 1 + (entries + 1) % 2
-    return entries + 2 * (proof + 1) + tables * even
+    return 2 * entries + 2 * (proof + 1) + tables * even
 
 
 def lines_cells(pieces: int, sums: int = 1) -> int:
-    """Cells of a circuit for one element: difference and lookup of every line, and for each sum of the lines
-    a dot of two cells a line, its shift and its clamp."""
-    return 2 * pieces + sums * (2 * pieces + 10)
+    """Cells of a circuit for one element: difference and lookup of every line, and for each sum of two lines
+    or more a dot, its shift and its clamp."""
+    return 2 * pieces + sums * (pieces + pieces % 2 + 12)
 
 
 def choose_form(

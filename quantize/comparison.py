@@ -22,6 +22,7 @@ from torch import Tensor
 from mamba_int.errors import MambaintError
 from mamba_int.executor import Executor, Step, Values, execute_plan
 from mamba_int.graph import Graph, IntArray, Node
+from mamba_int.interpreter import check_input
 from mamba_int.operations import OPERATIONS
 from mamba_int.operations.base import nobody
 from quantize.calibration import FloatModel, Progress, trace
@@ -147,10 +148,7 @@ class Comparison:
     def to_dict(self) -> dict[str, Any]:
         """As JSON-able values."""
         return {
-            **asdict(self),
-            "layers": [asdict(layer) for layer in self.layers],
-            "tensors": [asdict(tensor) for tensor in self.tensors],
-            "activations": [asdict(form) for form in self.activations],
+            key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()
         }
 
 
@@ -170,18 +168,21 @@ def compare_with_float(
         conversion: the integer model.
         model: the float model that it was made from; the graph runs on its device.
         inputs: as the float model takes them: token ids int64 [n, T] or reals [n, T, n_features].
-        integers: the same as the graph takes them; see ``mamba_int.interpreter.check_input``.
+        integers: the same as the graph takes them, of the same shape.
         progress: told after every batch.
 
     Raises:
-        MambaintError: if there are no inputs, the two differ in number, or the float model is not finite.
+        MambaintError: if there are no inputs, the two differ in shape or do not fit the graph, or the float
+            model is not finite on them.
     """
-    if len(inputs) == 0 or len(inputs) != len(integers):
+    graph = conversion.graph
+    integers = check_input(graph, integers)
+    if len(inputs) == 0 or tuple(inputs.shape) != integers.shape:
         raise MambaintError(
-            f"{len(inputs)} inputs of the float model beside {len(integers)} of the integer model",
+            f"inputs {list(inputs.shape)} of the float model beside integers {list(integers.shape)}",
             "give the same inputs, at least one, in both forms",
         )
-    graph, steps = conversion.graph, integers.shape[1]
+    steps = integers.shape[1]
     device = next(model.parameters()).device
     comparer = _Comparer(graph, conversion.counterparts, device)
     per_step = sum(prod(kind.shape) for kind in graph.types.values()) / graph.seq_len

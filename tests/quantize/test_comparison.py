@@ -229,8 +229,10 @@ def test_layers_are_told_from_what_is_around_them(last: Converted) -> None:
 def test_inputs_that_cannot_be_compared_are_named(last: Converted) -> None:
     conversion, model, reals, integers = last
     for wrong in (integers[:3], integers[:0]):
-        with pytest.raises(MambaintError, match="same inputs"):
+        with pytest.raises(MambaintError, match="beside integers"):
             compare_with_float(conversion, model, reals[: len(wrong) and 4], wrong)
+    with pytest.raises(MambaintError, match="is not an integer"):
+        compare_with_float(conversion, model, reals, integers + 1)
     broken = reals.clone()
     broken[5, 2, 0] = torch.nan
     with pytest.raises(MambaintError, match=r"'layer0\.norm\.source'.*not finite"):

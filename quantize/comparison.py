@@ -340,7 +340,8 @@ class _Comparer:
 
     def tensors(self) -> list[TensorComparison]:
         """What is known now, in the order of computation."""
-        layers, tensors = layers_of(self.graph), []
+        layers = layers_of(self.graph)
+        tensors: list[TensorComparison] = []
         for node in self.graph.nodes:
             name = self.tensor_of.get(node.name)
             if name is None:

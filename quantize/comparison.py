@@ -3,7 +3,8 @@
 Two errors of every tensor are told apart. The *cumulative* one is that of the integer graph against the float
 model, both run from the same inputs. The tensor's *own* is what the nodes between it and the tensors before
 it add: those hold, for it, the float model's values, rounded and saturated as their nodes hold them. Noise
-that a tensor inherits is in its cumulative error alone, so the own error says where to look.
+that a tensor inherits is in its cumulative error alone, so the own error says where to look; only what the
+tensors just before it lose by that rounding and saturation is in both.
 """
 
 from __future__ import annotations

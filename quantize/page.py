@@ -24,7 +24,8 @@ p.id { font: 12px ui-monospace, monospace; color: #5a6675; overflow-wrap: anywhe
 table { border-collapse: collapse; font-size: 13px; width: 100%; }
 th, td { padding: 0.2rem 0.6rem; border-bottom: 1px solid #e7ebf0; text-align: left; }
 th { color: #5a6675; font-weight: 600; }
-td.n, th.n { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
+td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
+td.n { white-space: nowrap; }
 .scroll { overflow-x: auto; }
 img { max-width: 100%; height: auto; }
 p.note { color: #5a6675; font-size: 0.9rem; }
@@ -159,9 +160,9 @@ def _comparison(comparison: dict[str, Any]) -> list[str]:
         f"<p class=note>On {comparison['inputs']:,} inputs of {comparison['steps']:,} steps. SQNR is signal "
         "to quantization noise, 10 log<sub>10</sub>(&Sigma;x&sup2; / &Sigma;(x&#770; - x)&sup2;), of the "
         "tensor a layer ends with, against the float model run from the same input: it counts the noise of "
-        "all layers before. The own SQNR is that of the noise a tensor adds when the tensors before it are "
-        "the float model's, rounded to their places. Saturation is the largest share of any clamp; "
-        "operations are those of one step.</p>",
+        "all layers before. The own SQNR is that of the noise a tensor has when the tensors before it are "
+        "the float model's, rounded and saturated as their nodes hold them. Saturation is the largest share "
+        "of any clamp; operations are those of one step.</p>",
         _image(depth_plot(along), "SQNR along the layers"),
         "<h2>Float against integers: tensors</h2>",
         _image(sqnr_plot(tensors), "SQNR of tensors, cumulative and own"),

@@ -199,6 +199,7 @@ class Pieces:
         the one that fills the result's bits, which the matrix that reads it undoes. Channels that are small
         have whole places more. Where no matrix follows (``weight`` is None), s is a power of two.
         """
+        self.stands_for(source, f"{name}.source")
         b, c = self.graph, self.config
         d = b.types[source].shape[-1]
         room = b.max_bits - 1
@@ -252,6 +253,5 @@ class Pieces:
         product = b.add(f"{name}_product", "mul", source, spread, frac=frac)
         scales = scale * np.exp2(gains)
         normed = b.requantize(name, product, min(places, frac), limit)
-        self.stands_for(source, f"{name}.source")
         self.stands_for(normed, name, scales)
         return normed, scales

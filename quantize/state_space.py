@@ -180,6 +180,7 @@ def gate(p: Pieces, layer: str, y: str, z_in: str, activation: Activation) -> st
     at = f"{layer}.{{}}".format
     y_frac = min(p.places(p.seen[at("y")], c.internal_limit), b.frac[y])
     y = b.requantize(at("y"), y, y_frac, c.internal_limit)
+    p.stands_for(y, at("y"))
     z = p.index(at("z"), z_in, c.index_bits, LOWEST)
     gate_frac = p.places(p.seen[at("gate")], c.activation_limit)
     opened = p.activation(at("gate"), z, activation, gate_frac, c.activation_limit)

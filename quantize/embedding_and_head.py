@@ -61,10 +61,12 @@ def head(p: Pieces, model: FloatModel, residual: str) -> str:
         if (signs < 0).any():
             pooled = b.add("signed", "mul", pooled, frac=frac, constants={"value": signs})
         pooled = b.add("pool", "reduce", pooled, frac=frac, kind="max")
+        p.stands_for(pooled, "pooled", scales)
     elif pooling == "mean":
         pooled = b.add("pool_sum", "reduce", pooled, frac=frac, kind="sum")
         # The mean's division is in the weights; eight bits more than a step has are enough.
         steps = p.config.seq_len
         pooled = b.shift("pool", pooled, frac - max(0, (steps - 1).bit_length() - 8))
         weight = weight / steps
+        p.stands_for(pooled, "pooled", scales * steps)
     return p.linear("logits", pooled, weight, bias, scales)

@@ -103,6 +103,7 @@ def scan(
     v = b.add(at("log_decay_wide"), "add", log_dt, frac=frac, constants={"value": offset})
     first, last = math.floor((seen.low - 0.2) * 2.0**frac), math.ceil((seen.high + 0.2) * 2.0**frac)
     v = b.saturate(at("log_decay"), v, first, last)
+    p.stands_for(v, at("decay_index"))
     n, gain = p.decay_and_gain(name, v)
 
     # x' = x g / |A|, every head times the power of two that brings it near the largest.
@@ -123,6 +124,7 @@ def scan(
     lifted = np.repeat(lifts, headdim)
     scan_frac = min(p.places(seen, limit, lifted), b.frac[product])
     scan_x = b.requantize(at("scan_x"), product, scan_frac, limit)
+    p.stands_for(scan_x, at("scan_x"), np.exp2(lifted))
 
     G = math.ceil(2 * largest_G * 2.0 ** (b.frac[B] + b.frac[C])) + 1
     shape = ScanShape(
@@ -180,6 +182,7 @@ def gate(p: Pieces, layer: str, y: str, z_in: str, activation: Activation) -> st
     if b.types[y].magnitude * c.activation_limit >= 1 << (b.max_bits - 1):
         y_frac = min(p.places(p.seen[at("y")], c.internal_limit), b.frac[y])
         y = b.requantize(at("y"), y, y_frac, c.internal_limit)
+    p.stands_for(y, at("y"))
     z = p.index(at("z"), z_in, c.index_bits, LOWEST)
     gate_frac = p.places(p.seen[at("gate")], c.activation_limit)
     opened = p.activation(at("gate"), z, activation, gate_frac, c.activation_limit)

@@ -59,7 +59,6 @@ class Mamba2Conversion:
             record(f"{scanned_name}.scan_x", (heads[..., rows, :] * gain[..., None]).flatten(-2))
             record(f"{scanned_name}.G", (C[:, :, g] @ B[:, :, g].mT).tril())
         scanned, _ = STATE_SPACE_DUALITIES[c.scan_type](heads, step, -rates, B, C)
-        at("scanned", scanned.flatten(2))
         D = mixer.D.view(c.n_heads, -1)
         y = at("y", (scanned + D * heads).flatten(2))
         gated = at("gated", y * at("gate", activate(z, c.gate_activation)))

@@ -17,7 +17,7 @@ from mamba_int.float_models.models import (
     MambaForSequenceClassification,
 )
 from quantize.blocks.registry import block_conversion
-from quantize.observations import Observations, Observed, Record, record_norm
+from quantize.observations import Moments, Observations, Observed, Record, record_norm
 
 if TYPE_CHECKING:
     from mamba_int.float_models.config import MambaConfig
@@ -30,13 +30,16 @@ Progress = Callable[[int, int], None]
 """Told how many of how many inputs were seen."""
 
 
-def calibrate(model: FloatModel, inputs: Tensor, progress: Progress | None = None) -> Observations:
+def calibrate(
+    model: FloatModel, inputs: Tensor, progress: Progress | None = None, moments: bool = False
+) -> Observations:
     """Run sample inputs and note what every tensor holds.
 
     Args:
         model: the float model, in eval mode or not: there is no dropout here.
         inputs: token ids int64 [n, T], or reals [n, T, n_features]: as they come in use.
         progress: told after every batch.
+        moments: also sum up products of the channels that matrices read, as reconstruction needs them.
 
     Raises:
         MambaintError: if the inputs do not fit the model, or its values are not finite on them.
@@ -44,6 +47,7 @@ def calibrate(model: FloatModel, inputs: Tensor, progress: Progress | None = Non
     check_calibration(model.config, inputs)
     observations: Observations = {}
     batches = -(-len(inputs) // BATCH)
+    read = _matrix_inputs(model) if moments else frozenset()
 
     def record(name: str, value: Tensor) -> None:
         values = value.detach().double().cpu().reshape(-1, value.shape[-1]).numpy()
@@ -56,6 +60,9 @@ def calibrate(model: FloatModel, inputs: Tensor, progress: Progress | None = Non
         seen = observations.setdefault(name, Observed(low, high, channels))
         seen.low, seen.high = min(seen.low, low), max(seen.high, high)
         seen.channels = np.maximum(seen.channels, channels)
+        if name in read:
+            found = Moments.of(values)
+            seen.moments = found if seen.moments is None else seen.moments + found
         kept = max(1, SAMPLES // batches // values.shape[1])
         seen.samples.append(values[:: -(-len(values) // kept)])
 
@@ -66,6 +73,13 @@ def calibrate(model: FloatModel, inputs: Tensor, progress: Progress | None = Non
             if progress is not None:
                 progress(min(start + BATCH, len(inputs)), len(inputs))
     return observations
+
+
+def _matrix_inputs(model: FloatModel) -> frozenset[str]:
+    """Names of the tensors that matrices read."""
+    inputs = block_conversion(model.config.mixer).matrix_inputs
+    layers = range(len(model.backbone.layers))
+    return frozenset(f"layer{i}.{name}" for i in layers for name in inputs) | {"final_norm"}
 
 
 def check_calibration(config: MambaConfig, inputs: Tensor) -> None:

@@ -53,4 +53,6 @@ def head(p: Pieces, model: FloatModel, residual: str) -> str:
         pooled = b.shift("pool", pooled, b.frac[pooled] - places)
         weight = weight / c.seq_len
     bias = None if output.bias is None else array(output.bias)
-    return p.linear("logits", pooled, weight, bias, scales)
+    # The mean of all steps moves less than a step: there is nothing to reconstruct from.
+    reads = "" if classify and not last else "final_norm"
+    return p.linear("logits", pooled, weight, bias, scales, reads)

@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 
 from mamba_int.errors import MambaintError
-from quantize.conversion_config import ConversionConfig
+from mamba_int.graph import IntArray
+from quantize.conversion_config import ConversionConfig, WeightForm
 from quantize.fits import ACTIVATIONS, DecayFit, TableFit, fit_piecewise, fit_table
 from quantize.graph_builder import GraphBuilder
+from quantize.matrices import int8_rows, ternary_rows
 from quantize.observations import Observations, Observed
 from quantize.scales import (
     FloatArray,
@@ -25,7 +27,6 @@ from quantize.scales import (
     largest_integer,
     places_for,
     rounded,
-    weight_places,
 )
 
 SPREAD = 4
@@ -83,6 +84,15 @@ class Pieces:
             observed.sample, observed.largest, limit, self.config.scales, self.config.percentile
         )
 
+    def gains(self, channels: FloatArray, weight: FloatArray, form: WeightForm) -> IntArray:
+        """By how many places the channels that a matrix reads are made larger; see ``equalisation``.
+
+        Ternary rows have no column that could be smaller for it.
+        """
+        if form == "ternary":
+            return np.zeros(len(channels), np.int64)
+        return equalisation(channels, weight, SPREAD)
+
     def linear(
         self,
         name: str,
@@ -90,35 +100,57 @@ class Pieces:
         weight: FloatArray,
         bias: FloatArray | None,
         scales: FloatArray | None = None,
+        reads: str = "",
+        form: WeightForm = "int8",
     ) -> str:
-        """weight . x + bias, of int8 rows with a power-of-two scale each, all rows brought to the finest.
+        """weight . x + bias, of integer rows with a scale each, all rows brought to one.
 
-        ``scales`` says by how much the channels of the source are larger than x.
+        Args:
+            scales: by how much the channels of the source are larger than x; None where they are not.
+            reads: the traced tensor that x is, from whose moments the integers may be chosen; none if empty.
+            form: of the rows.
         """
         b, f = self.graph, self.graph.frac[source]
         if scales is not None:
             weight = weight / scales
-        limit = largest_integer(self.config.weight_bits)
-        # What the coarsest row may reach, times 2^spread, must stay inside the budget.
+        limit = 1 if form == "ternary" else largest_integer(self.config.weight_bits)
+        # What a row may reach, times its factor, must stay inside the budget.
         reach = weight.shape[1] * limit * b.types[source].magnitude
-        spread = min(SPREAD, b.max_bits - 1 - reach.bit_length())
-        if spread < 0:
+        room = b.max_bits - reach.bit_length()
+        if room < 1:
             raise MambaintError(
                 f"'{name}' sums {weight.shape[1]} products, beyond {b.max_bits} bits",
                 "lower weight_bits or activation_bits",
             )
-        places = weight_places(weight, limit, spread)
-        integers = np.clip(rounded(weight, places[:, None].astype(np.float64)), -limit, limit)
-        constants: dict[str, Any] = {"weight": integers}
+        covariance = None
+        if reads and self.config.reconstruct:
+            mean, covariance = self._moments(reads, np.ones(weight.shape[1]) if scales is None else scales)
+        if form == "ternary":
+            rows = ternary_rows(weight, room, covariance)
+        else:
+            rows = int8_rows(weight, limit, min(SPREAD, room - 1), covariance)
+        if covariance is not None:
+            lost = (weight - rows.reals) @ mean
+            bias = lost if bias is None else bias + lost
+        constants: dict[str, Any] = {"weight": rows.integers}
         if bias is not None:
-            constants["bias"] = rounded(bias, (f + places).astype(np.float64))
-        finest = int(places.max())
-        if (places == finest).all():
-            return b.add(name, "linear", source, frac=f + finest, constants=constants)
-        # The places of the rows differ: those of the product are nominal until the rows are aligned.
-        b.add(f"{name}_rows", "linear", source, frac=f + finest, constants=constants)
-        factors = 1 << (finest - places)
-        return b.add(name, "mul", f"{name}_rows", frac=f + finest, constants={"value": factors})
+            constants["bias"] = rounded(bias / rows.units, f)
+        frac = f + rows.places
+        if (rows.factors == 1).all():
+            return b.add(name, "linear", source, frac=frac, constants=constants)
+        # The scales of the rows differ: the places of the product are nominal until the rows are aligned.
+        b.add(f"{name}_rows", "linear", source, frac=frac, constants=constants)
+        return b.add(name, "mul", f"{name}_rows", frac=frac, constants={"value": rows.factors})
+
+    def _moments(self, reads: str, scales: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """Mean and covariance of a traced tensor times scales of its channels."""
+        moments = self.seen[reads].moments
+        if moments is None:
+            raise MambaintError(
+                f"nothing is known of how the channels of '{reads}' move together",
+                "calibrate with moments=True for reconstruction",
+            )
+        return moments.mean * scales, moments.covariance * np.outer(scales, scales)
 
     def index(self, name: str, source: str, bits: int, low: float) -> str:
         """Round to an index that covers what was seen, and a tenth more, from ``low`` on."""
@@ -151,7 +183,9 @@ class Pieces:
         total = b.add(f"{name}_lines", "add", total, frac=wide, constants={"value": lines.offset})
         return b.requantize(name, total, frac, limit)
 
-    def norm(self, name: str, source: str, eps: float, weight: FloatArray) -> tuple[str, FloatArray]:
+    def norm(
+        self, name: str, source: str, eps: float, weight: FloatArray, form: WeightForm = "int8"
+    ) -> tuple[str, FloatArray]:
         """x over its root mean square times a scale, and that scale of every channel of the result.
 
         With S = 2^t (sum xs^2 + d eps), R = isqrt(S) and K = s sqrt(d) 2^(t/2 + kappa): x K / R is
@@ -185,7 +219,7 @@ class Pieces:
         root = b.add(f"{name}_root", "isqrt", scaled, frac=0)
         smallest = b.types[root].low
 
-        gains = equalisation(np.broadcast_to(self.seen[name].channels, d), weight, SPREAD)
+        gains = self.gains(np.broadcast_to(self.seen[name].channels, d), weight, form)
         limit = c.activation_limit
         samples = self.seen[name].sample * np.exp2(gains)
         whole = activation_scale(samples, limit, c.scales, c.percentile)

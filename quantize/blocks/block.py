@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from mamba_int.float_models.config import MambaConfig
 from mamba_int.float_models.models import MambaBlock
@@ -17,7 +17,12 @@ class BlockConversion(Protocol):
 
     The forms are kept in pairs: what :meth:`build` asks of the observations, :meth:`trace` records, under
     names that begin with the layer's.
+
+    Attributes:
+        matrix_inputs: names, without the layer's, of the traced tensors that matrices read.
     """
+
+    matrix_inputs: tuple[str, ...]
 
     def check(self, config: MambaConfig) -> None:
         """Refuse what has no integer form.
@@ -38,6 +43,11 @@ class BlockConversion(Protocol):
         Returns:
             What is added to it.
         """
+        ...
+
+    def projections(self, layer: MambaBlock) -> list[tuple[nn.Linear, nn.Parameter | None]]:
+        """The matrices that are ternary where ``ConversionConfig.weights`` is, each with the weight of the
+        norm that it alone reads, if there is one."""
         ...
 
     def build(self, p: Pieces, name: str, layer: MambaBlock, residual: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from mamba_int.errors import MambaintError
 from mamba_int.float_models.config import MambaConfig
@@ -15,8 +15,7 @@ from mamba_int.float_models.scans import SELECTIVE_SCANS
 from quantize.fits import log_step
 from quantize.observations import Record, record_norm
 from quantize.parameters import array, bias_of, conv_parameters
-from quantize.pieces import SPREAD, Pieces
-from quantize.scales import equalisation
+from quantize.pieces import Pieces
 from quantize.state_space import convolve, gate, record_gain, scan, skip, step_size
 from triton_kernels.activation import activate
 from triton_kernels.causal_conv1d import causal_conv1d
@@ -27,6 +26,8 @@ class MambaConversion:
 
     The heads of the scans are the channels, each with decays of its own.
     """
+
+    matrix_inputs = ("norm", "x", "dt", "gated")
 
     def check(self, config: MambaConfig) -> None:
         """See ``BlockConversion``."""
@@ -63,47 +64,55 @@ class MambaConversion:
         out: Tensor = mixer.out_proj(gated)
         return out
 
+    def projections(self, layer: MambaBlock) -> list[tuple[nn.Linear, nn.Parameter | None]]:
+        """See ``BlockConversion``."""
+        mixer = layer.mixer
+        assert isinstance(mixer, MambaMixer)
+        return [(mixer.in_proj, layer.norm.weight), (mixer.x_proj, None), (mixer.out_proj, None)]
+
     def build(self, p: Pieces, name: str, layer: MambaBlock, residual: str) -> str:
         """See ``BlockConversion``."""
         mixer = layer.mixer
         assert isinstance(mixer, MambaMixer)
-        b, m = p.graph, mixer.config
+        b, m, form = p.graph, mixer.config, p.config.weights
         at = f"{name}.{{}}".format
         E = m.d_inner
         weight = array(mixer.in_proj.weight) * array(layer.norm.weight)
         bias = bias_of(mixer.in_proj)
-        normed, scales = p.norm(at("norm"), residual, layer.norm.eps, weight)
-        projected = p.linear(
-            at("in_proj"), normed, weight, np.zeros(len(weight)) if bias is None else bias, scales
-        )
+        normed, scales = p.norm(at("norm"), residual, layer.norm.eps, weight, form)
+        bias = np.zeros(len(weight)) if bias is None else bias
+        projected = p.linear(at("in_proj"), normed, weight, bias, scales, at("norm"), form)
         source = p.part(at("x_projected"), projected, 0, E)
         x = convolve(p, at("x"), source, *conv_parameters(mixer.conv1d), m.activation)
         y = skip(p, name, self._scans(p, name, mixer, x), x, array(mixer.D))
         gated = gate(p, name, y, p.part(at("z_in"), projected, E, E), m.gate_activation)
         # Nothing normalizes this: the large channels would leave the others few bits.
         weight, seen = array(mixer.out_proj.weight), p.seen[at("gated")]
-        gains = equalisation(seen.channels, weight, SPREAD)
+        gains = p.gains(seen.channels, weight, form)
         if gains.any():
             lifts = {"value": 1 << gains}
             gated = b.add(at("gated_channels"), "mul", gated, frac=b.frac[gated], constants=lifts)
         limit = p.config.activation_limit
         frac = min(p.places(seen, limit, gains.astype(np.float64)), b.frac[gated])
         v = b.requantize(at("gated"), gated, frac, limit)
-        return p.linear(at("out_proj"), v, weight, bias_of(mixer.out_proj), np.exp2(gains))
+        bias = bias_of(mixer.out_proj)
+        return p.linear(at("out_proj"), v, weight, bias, np.exp2(gains), at("gated"), form)
 
     def _scans(self, p: Pieces, name: str, mixer: MambaMixer, x: str) -> str:
         """S6(x, dt, B, C) without its skip."""
         b, m, limit = p.graph, mixer.config, p.config.activation_limit
         at = f"{name}.{{}}".format
         N = m.d_state
-        low_rank = p.linear(at("x_proj"), x, array(mixer.x_proj.weight), None)
+        weight = array(mixer.x_proj.weight)
+        low_rank = p.linear(at("x_proj"), x, weight, None, reads=at("x"), form=p.config.weights)
         parts, start = {}, 0
         for part, width in (("dt", m.rank), ("B", N), ("C", N)):
             wide = p.part(at(f"{part}_projected"), low_rank, start, width)
             frac = min(p.places(p.seen[at(part)], limit), b.frac[wide])
             parts[part] = b.requantize(at(part), wide, frac, limit)
             start += width
-        dt = p.linear(at("dt_proj"), parts["dt"], array(mixer.dt_proj.weight), bias_of(mixer.dt_proj))
+        weight, bias = array(mixer.dt_proj.weight), bias_of(mixer.dt_proj)
+        dt = p.linear(at("dt_proj"), parts["dt"], weight, bias, reads=at("dt"))
         states = [at(f"state{n}") for n in range(N)]
         log_dt = step_size(p, name, dt, log_step(), [f"{state}.decay_index" for state in states])
         rates, total = np.exp(array(mixer.A_log)), ""

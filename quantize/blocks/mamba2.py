@@ -7,7 +7,7 @@ import math
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from mamba_int.errors import MambaintError
 from mamba_int.float_models.config import MambaConfig
@@ -26,6 +26,8 @@ from triton_kernels.causal_conv1d import causal_conv1d
 
 class Mamba2Conversion:
     """norm; in_proj; convolution; SSD; skip; gate; norm; out_proj."""
+
+    matrix_inputs = ("norm", "gated_norm")
 
     def check(self, config: MambaConfig) -> None:
         """See ``BlockConversion``."""
@@ -72,6 +74,12 @@ class Mamba2Conversion:
         out: Tensor = mixer.out_proj(normed * mixer.norm.weight)
         return out
 
+    def projections(self, layer: MambaBlock) -> list[tuple[nn.Linear, nn.Parameter | None]]:
+        """See ``BlockConversion``."""
+        mixer = layer.mixer
+        assert isinstance(mixer, Mamba2Mixer)
+        return [(mixer.in_proj, layer.norm.weight), (mixer.out_proj, mixer.norm.weight)]
+
     def build(self, p: Pieces, name: str, layer: MambaBlock, residual: str) -> str:
         """See ``BlockConversion``."""
         mixer = layer.mixer
@@ -83,8 +91,8 @@ class Mamba2Conversion:
         bias = bias_of(mixer.in_proj)
         bias = np.zeros(len(weight)) if bias is None else bias
         bias[-H:] += array(mixer.dt_bias)
-        normed, scales = p.norm(at("norm"), residual, layer.norm.eps, weight)
-        projected = p.linear(at("in_proj"), normed, weight, bias, scales)
+        normed, scales = p.norm(at("norm"), residual, layer.norm.eps, weight, c.weights)
+        projected = p.linear(at("in_proj"), normed, weight, bias, scales, at("norm"), c.weights)
         taps, conv_bias = conv_parameters(mixer.conv1d)
         parts, start = {}, 0
         for part, width in (("x", E), ("B", N), ("C", N)):
@@ -105,5 +113,6 @@ class Mamba2Conversion:
         gated_frac = min(places_for(seen.largest, c.internal_limit), b.frac[gated])
         gated = b.requantize(at("gated"), gated, gated_frac, c.internal_limit)
         weight = array(mixer.out_proj.weight) * array(mixer.norm.weight)
-        v, scales = p.norm(at("gated_norm"), gated, m.norm_epsilon, weight)
-        return p.linear(at("out_proj"), v, weight, bias_of(mixer.out_proj), scales)
+        v, scales = p.norm(at("gated_norm"), gated, m.norm_epsilon, weight, c.weights)
+        bias = bias_of(mixer.out_proj)
+        return p.linear(at("out_proj"), v, weight, bias, scales, at("gated_norm"), c.weights)

@@ -18,7 +18,7 @@ DAMPING = 0.01
 """Share of the mean variance that is added to every variance (GPTQ, section 3.3, step 3)."""
 BLOCK = 128
 """Columns after which the columns beyond are made up to date, by one product (GPTQ, section 3.3, step 2)."""
-REFITS = 3
+REFITS = 6
 """How often signs and scale of ternary rows are chosen in turn."""
 
 

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
+import torch
 
+from circuits.lowering import build_circuit
 from circuits.runtime.runner import OnnxRunner
 from mamba_int.errors import MambaintError
+from mamba_int.float_models.config import MambaConfig
+from mamba_int.float_models.models import MambaForSequenceClassification
 from mamba_int.graph import IntArray
 from quantize.calibration import calibrate
 from quantize.equality import compare, torch_tracer
-from quantize.float_mamba import ConversionConfig, build
-from tests.quantize.test_float_mamba import converted, noise, random_model
+from quantize.float_mamba import PROVABLE, ConversionConfig, build, convert
+from tests.quantize.test_float_mamba import FORMAT, SMALL, converted, noise, random_model
+from zk.prove import mock
 
 TERNARY = ConversionConfig(weights="ternary")
 RECONSTRUCTED = ConversionConfig(weights="ternary", reconstruct=True)
@@ -74,3 +81,15 @@ def test_reconstruction_without_moments_is_refused() -> None:
 def test_an_unknown_form_of_weights_is_named() -> None:
     with pytest.raises(MambaintError, match="weights = 'binary'"):
         ConversionConfig(weights="binary")  # type: ignore[arg-type]
+
+
+def test_the_circuit_accepts_the_witness_of_ternary_rows() -> None:
+    tiny = {"n_features": 1, "d_model": 4, "headdim": 4, "d_state": 2, "n_layer": 1, "num_labels": 2}
+    torch.manual_seed(0)
+    model = MambaForSequenceClassification(MambaConfig(**(SMALL | tiny)))
+    integers = torch.randint(FORMAT.low, FORMAT.high + 1, (8, 3, 1))
+    config = dataclasses.replace(PROVABLE, pieces=4, decay_index_bits=4, weights="ternary", reconstruct=True)
+    graph = convert(model, integers * 2.0**-FORMAT.frac, FORMAT, config).graph
+    assert graph.max_bits <= 24
+    lowered = build_circuit(graph)
+    assert mock(lowered.circuit, [lowered.witness(integers[0].numpy())]) == [True]

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from mamba_int.errors import MambaintError
+from mamba_int.float_models.models import MambaBlock
 from mamba_int.training.schedule import learning_rate_factor
 from quantize.blocks.registry import block_conversion
 from quantize.calibration import FloatModel
@@ -89,17 +90,19 @@ def finetune(
     """
     recipe = config or FinetuneConfig()
     student = copy.deepcopy(model)
-    latent = fold_norms(student)
-    for linear in latent:
+    projections = fold_norms(student)
+    latent = [linear.weight for linear in projections]
+    for linear in projections:
         parametrize.register_parametrization(linear, "weight", Ternarization())
     training = model.training
     try:
         _train(student, model.eval(), latent, batches, recipe, progress)
     finally:
         model.train(training)
-    for linear in latent:
+    for linear in projections:
         parametrize.remove_parametrizations(linear, "weight", leave_parametrized=True)
-    return student.eval()
+    student.eval()
+    return student
 
 
 @torch.no_grad()
@@ -113,29 +116,31 @@ def fold_norms(model: FloatModel) -> list[nn.Linear]:
         MambaintError: for a mixer that has no integer form.
     """
     block = block_conversion(model.config.mixer)
-    found = [pair for layer in model.backbone.layers for pair in block.projections(layer)]
-    for linear, weight in found:
-        if weight is not None:
-            linear.weight.mul_(weight)
-            weight.fill_(1.0)
-            weight.requires_grad_(False)
-    return [linear for linear, _ in found]
+    found = []
+    for layer in model.backbone.layers:
+        assert isinstance(layer, MambaBlock)
+        for linear, weight in block.projections(layer):
+            if weight is not None:
+                linear.weight.mul_(weight)
+                weight.fill_(1.0)
+                weight.requires_grad_(False)
+            found.append(linear)
+    return found
 
 
 def _train(
     student: FloatModel,
     teacher: FloatModel,
-    latent: list[nn.Linear],
+    latent: list[Tensor],
     batches: Batches,
     config: FinetuneConfig,
     progress: Progress | None,
 ) -> None:
     device = next(student.parameters()).device
-    matrices = [linear.parametrizations["weight"].original for linear in latent]
-    inside = {id(parameter) for parameter in matrices}
+    inside = {id(parameter) for parameter in latent}
     others = [p for p in student.parameters() if id(p) not in inside and p.requires_grad]
     groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": latent, "weight_decay": config.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, config.learning_rate, betas=(0.9, 0.98))
@@ -153,8 +158,8 @@ def _train(
                 logits = student(inputs).logits
             loss = _loss(logits.float(), expected.float(), targets, config)
             optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_([*matrices, *others], config.clip)
+            torch.autograd.backward(loss)
+            torch.nn.utils.clip_grad_norm_([*latent, *others], config.clip)
             value = float(loss.detach())
             if not math.isfinite(value):
                 raise MambaintError(

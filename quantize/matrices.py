@@ -31,7 +31,7 @@ class IntegerRows:
     @property
     def units(self) -> FloatArray:
         """What an integer of each row stands for [outputs]."""
-        units: FloatArray = self.factors * 2.0**-self.places
+        units: FloatArray = self.factors.astype(np.float64) * 2.0**-self.places
         return units
 
     @property

@@ -27,7 +27,7 @@ class MambaConversion:
     The heads of the scans are the channels, each with decays of its own.
     """
 
-    matrix_inputs = ("norm", "x", "dt", "gated")
+    matrix_inputs: tuple[str, ...] = ("norm", "x", "dt", "gated")
 
     def check(self, config: MambaConfig) -> None:
         """See ``BlockConversion``."""

@@ -27,7 +27,7 @@ from triton_kernels.causal_conv1d import causal_conv1d
 class Mamba2Conversion:
     """norm; in_proj; convolution; SSD; skip; gate; norm; out_proj."""
 
-    matrix_inputs = ("norm", "gated_norm")
+    matrix_inputs: tuple[str, ...] = ("norm", "gated_norm")
 
     def check(self, config: MambaConfig) -> None:
         """See ``BlockConversion``."""

@@ -39,7 +39,7 @@ class FinetuneConfig:
     """Recipe of a fine-tuning.
 
     Attributes:
-        steps: of AdamW. warmup_steps: in which the rate rises; then it falls on half a cosine to zero.
+        steps: of AdamW, whose rate falls on half a cosine to zero. warmup: share of them in which it rises.
         learning_rate: at its peak. weight_decay: of the projections' latent weights.
         distillation: share of the teacher in the loss; the rest is the cross entropy of the targets.
         temperature: at which the two distributions are compared.
@@ -48,7 +48,7 @@ class FinetuneConfig:
     """
 
     steps: int = 300
-    warmup_steps: int = 20
+    warmup: float = 0.05
     learning_rate: float = 3e-3
     weight_decay: float = 0.1
     distillation: float = 0.5
@@ -59,7 +59,7 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         ranges: dict[str, tuple[float, float]] = {
             "steps": (1, 10**7),
-            "warmup_steps": (0, self.steps),
+            "warmup": (0.0, 1.0),
             "learning_rate": (1e-8, 1.0),
             "weight_decay": (0.0, 10.0),
             "distillation": (0.0, 1.0),
@@ -147,8 +147,9 @@ def _train(
     student.train()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(config.seed)
+        warmup_steps = round(config.warmup * config.steps)
         for step in range(config.steps):
-            factor = learning_rate_factor(step, config.steps, config.warmup_steps, "cosine")
+            factor = learning_rate_factor(step, config.steps, warmup_steps, "cosine")
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate * factor
             inputs, targets = (tensor.to(device) for tensor in batches(step))

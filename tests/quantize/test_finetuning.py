@@ -59,7 +59,7 @@ def test_the_student_comes_nearer_and_the_teacher_stays(name: str) -> None:
     assert set(student.state_dict()) == set(before) and not student.training
 
 
-@pytest.mark.parametrize("name", ["last", "language_odd", "mamba_language"])
+@pytest.mark.parametrize("name", ["last", "language_odd", "mamba_language", "groups_language"])
 def test_conversion_finds_the_ternary_rows_of_the_student(name: str) -> None:
     _, student, reals, _ = finetuned(name)
     form = FORMAT if student.config.n_features else None

@@ -27,7 +27,12 @@ RECONSTRUCTED = ConversionConfig(weights="ternary", reconstruct=True)
 @pytest.mark.parametrize("config", [TERNARY, RECONSTRUCTED])
 @pytest.mark.parametrize(
     ("name", "others"),
-    [("last", {"embed", "logits"}), ("language_odd", {"logits"}), ("mamba_language", {"dt_proj", "logits"})],
+    [
+        ("last", {"embed", "logits"}),
+        ("groups", {"embed", "logits"}),
+        ("language_odd", {"logits"}),
+        ("mamba_language", {"dt_proj", "logits"}),
+    ],
 )
 def test_projections_are_ternary_and_nothing_else(
     name: str, others: set[str], config: ConversionConfig
@@ -47,7 +52,7 @@ def test_projections_are_ternary_and_nothing_else(
     )
 
 
-@pytest.mark.parametrize("name", ["last", "language_odd", "mamba_language"])
+@pytest.mark.parametrize("name", ["last", "language_odd", "mamba_language", "groups_language"])
 def test_backends_compute_the_same_integers_of_ternary_rows(name: str) -> None:
     conversion, *_, integers = converted(name, RECONSTRUCTED)
     graph = conversion.graph
@@ -62,7 +67,7 @@ def test_backends_compute_the_same_integers_of_ternary_rows(name: str) -> None:
     assert equality.equal, equality.first
 
 
-@pytest.mark.parametrize("name", ["last", "language", "mamba_language"])
+@pytest.mark.parametrize("name", ["last", "language", "mamba_language", "groups"])
 def test_reconstructed_rows_follow_the_model_better(name: str) -> None:
     for plain, better in (
         (TERNARY, RECONSTRUCTED),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,8 @@ from quantize.reconstruction import reconstruct, reconstruct_ternary
 from quantize.scales import FloatArray, places_for, rounded, weight_places
 from quantize.ternary import nearest_ternary
 
+MOST_LOST_PLACES = 4
+"""So much coarser than its bits allow may the coarsest int8 row of a matrix become."""
 FACTOR_BITS = 10
 """Most bits of the factor that a ternary row is multiplied with."""
 
@@ -43,28 +46,30 @@ class IntegerRows:
 
 def int8_rows(
     weight: FloatArray, limit: int, spread: int, covariance: FloatArray | None = None
-) -> IntegerRows:
-    """Rows of integers up to ``limit``, with a power-of-two scale for each.
+) -> Iterator[IntegerRows]:
+    """Rows of integers up to ``limit``, with a power-of-two scale for each: ever coarser ones.
 
     Args:
         weight: [outputs, inputs]. limit: largest magnitude of the integers.
         spread: most places between the coarsest and the finest row.
         covariance: of the inputs, for reconstruction; None for plain rounding.
     """
-    places = weight_places(weight, limit, spread)
-    if covariance is None:
-        integers = np.clip(rounded(weight, places[:, None].astype(np.float64)), -limit, limit)
-    else:
-        integers = reconstruct(weight, np.exp2(-places.astype(np.float64)), limit, covariance)
-    finest = int(places.max())
-    return IntegerRows(integers, 1 << (finest - places), finest)
+    finest = weight_places(weight, limit, spread)
+    for lost in range(finest.max() - finest.min() + MOST_LOST_PLACES):
+        places = np.minimum(finest, finest.max() - lost)
+        if covariance is None:
+            integers = np.clip(rounded(weight, places[:, None].astype(np.float64)), -limit, limit)
+        else:
+            integers = reconstruct(weight, np.exp2(-places.astype(np.float64)), limit, covariance)
+        yield IntegerRows(integers, 1 << (places.max() - places), int(places.max()))
 
 
-def ternary_rows(weight: FloatArray, room: int, covariance: FloatArray | None = None) -> IntegerRows:
-    """Rows of -1, 0 and 1, with a scale for each that is a small integer times a common power of two.
+def ternary_rows(weight: FloatArray, covariance: FloatArray | None = None) -> Iterator[IntegerRows]:
+    """Rows of -1, 0 and 1, with a scale for each that is an integer of few bits times a common power of two:
+    of ever fewer bits.
 
     Args:
-        weight: [outputs, inputs]. room: most bits of a factor, at least one.
+        weight: [outputs, inputs].
         covariance: of the inputs, for reconstruction; None for the least error of the weights themselves.
     """
     if covariance is None:
@@ -72,5 +77,6 @@ def ternary_rows(weight: FloatArray, room: int, covariance: FloatArray | None = 
         integers, units = signs.astype(np.int64), scale[:, 0]
     else:
         integers, units = reconstruct_ternary(weight, covariance)
-    places = places_for(float(units.max()), (1 << min(FACTOR_BITS, room)) - 1)
-    return IntegerRows(integers, np.maximum(rounded(units, places), 1), places)
+    for bits in range(FACTOR_BITS, 0, -1):
+        places = places_for(float(units.max()), (1 << bits) - 1)
+        yield IntegerRows(integers, np.maximum(rounded(units, places), 1), places)

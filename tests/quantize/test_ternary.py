@@ -57,12 +57,14 @@ def test_scales_of_very_different_rows_are_a_factor_of_few_bits() -> None:
     rng = np.random.default_rng(0)
     weight = rng.normal(size=(30, 50)) * np.exp2(-rng.uniform(0, 5, (30, 1)))
     signs, scale = (tensor.numpy() for tensor in nearest_ternary(torch.from_numpy(weight)))
-    rows = ternary_rows(weight, 12)
+    forms = list(ternary_rows(weight))
+    rows = forms[0]
     np.testing.assert_array_equal(rows.integers, signs)
     assert rows.factors.min() >= 1 and rows.factors.max() < 1 << 10
     np.testing.assert_allclose(rows.units, scale[:, 0], rtol=2**-4)
-    narrow = ternary_rows(weight, 3)
-    assert narrow.factors.max() < 1 << 3
+    for bits, narrower in zip(range(10, 0, -1), forms, strict=True):
+        np.testing.assert_array_equal(narrower.integers, signs)
+        assert 1 << (bits - 1) <= narrower.factors.max() < 1 << bits
 
 
 def test_the_gradient_passes_through_to_the_latent_weight() -> None:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import torch
 
     from mamba_int.datasets import ClassificationData, TextData
+    from mamba_int.training import Checkpoint, TrainableModel
     from mamba_int.training.evaluation import Predictor
 
 Description = dict[str, Any]
@@ -33,20 +34,31 @@ def _load(path: Path, device: torch.device) -> tuple[Predictor, Description]:
             "scale": (graph.card["input"]["feature_offset"], graph.card["input"]["feature_scale"]),
             "tokens": 0 if graph.input.integer("features") else graph.input.integer("high") + 1,
         }
-    from mamba_int.model import MambaInt
     from mamba_int.training import load_checkpoint
+    from mamba_int.training.model_config import arithmetic_of
 
     checkpoint = load_checkpoint(path)
-    model = MambaInt(checkpoint.model_config)
-    model.load_state_dict(checkpoint.model_state)
     data = checkpoint.data
-    return model.to(device), {
-        "arithmetic": checkpoint.model_config.arithmetic,
+    return _restored(checkpoint).to(device), {
+        "arithmetic": arithmetic_of(checkpoint.model_config),
         "model": checkpoint.sha256,
         "dataset": {"name": data.name, "fingerprint": data.fingerprint, "source": data.source},
         "scale": (list(data.feature_offset), list(data.feature_scale)),
         "tokens": data.tokenizer.vocab_size if data.tokenizer else 0,
     }
+
+
+def _restored(checkpoint: Checkpoint) -> TrainableModel:
+    """The model of a checkpoint, native or float."""
+    from mamba_int.config import MambaIntConfig
+    from mamba_int.model import MambaInt
+    from mamba_int.training.float_model import restored_float_model
+
+    if not isinstance(checkpoint.model_config, MambaIntConfig):
+        return restored_float_model(checkpoint)
+    model = MambaInt(checkpoint.model_config)
+    model.load_state_dict(checkpoint.model_state)
+    return model
 
 
 def _data(description: Description, path: Path | None) -> ClassificationData | TextData:

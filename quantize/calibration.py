@@ -20,7 +20,7 @@ from mamba_int.float_models.models import (
 )
 from quantize.blocks.entrance import Layer
 from quantize.blocks.registry import block_conversion
-from quantize.observations import Observations, Observed, Record, record_norm
+from quantize.observations import Moments, Observations, Observed, Record, record_norm
 
 if TYPE_CHECKING:
     pass
@@ -35,13 +35,16 @@ Progress = Callable[[int, int], None]
 """Told how many of how many inputs were seen."""
 
 
-def calibrate(model: Convertible, inputs: Tensor, progress: Progress | None = None) -> Observations:
+def calibrate(
+    model: Convertible, inputs: Tensor, progress: Progress | None = None, moments: bool = False
+) -> Observations:
     """Run sample inputs and note what every tensor holds.
 
     Args:
         model: the float model, in eval mode or not: there is no dropout here.
         inputs: token ids int64 [n, T], or reals [n, T, n_features]: as they come in use.
         progress: told after every batch.
+        moments: also sum up products of the channels that matrices read, as reconstruction needs them.
 
     Raises:
         MambaintError: if the inputs do not fit the model, or its values are not finite on them.
@@ -49,6 +52,7 @@ def calibrate(model: Convertible, inputs: Tensor, progress: Progress | None = No
     check_calibration(model, inputs)
     observations: Observations = {}
     batches = -(-len(inputs) // BATCH)
+    read = _matrix_inputs(model) if moments else frozenset()
 
     def record(name: str, value: Tensor) -> None:
         values = value.detach().double().cpu().reshape(-1, value.shape[-1]).numpy()
@@ -61,6 +65,9 @@ def calibrate(model: Convertible, inputs: Tensor, progress: Progress | None = No
         seen = observations.setdefault(name, Observed(low, high, channels))
         seen.low, seen.high = min(seen.low, low), max(seen.high, high)
         seen.channels = np.maximum(seen.channels, channels)
+        if name in read:
+            found = Moments.of(values)
+            seen.moments = found if seen.moments is None else seen.moments + found
         kept = max(1, SAMPLES // batches // values.shape[1])
         seen.samples.append(values[:: -(-len(values) // kept)])
 
@@ -71,6 +78,14 @@ def calibrate(model: Convertible, inputs: Tensor, progress: Progress | None = No
             if progress is not None:
                 progress(min(start + BATCH, len(inputs)), len(inputs))
     return observations
+
+
+def _matrix_inputs(model: Convertible) -> frozenset[str]:
+    """Names of the tensors that matrices read."""
+    inputs = block_conversion(model.config.mixer).matrix_inputs
+    return frozenset(f"{layer}.{name}" for layer, _ in named_layers(model) for name in inputs) | {
+        "final_norm"
+    }
 
 
 def input_features(model: Convertible) -> int:

@@ -8,6 +8,7 @@ from typing import Literal
 from mamba_int.errors import MambaintError
 from quantize.scales import Method, largest_integer
 
+WeightForm = Literal["int8", "ternary"]
 Target = Literal["runtime", "circuit"]
 AUTOMATIC = -1
 
@@ -38,7 +39,11 @@ class ConversionConfig:
 
     Attributes:
         seq_len: steps that the graph is exported and proved at; 0 for those of the calibration data.
-        weight_bits: of the matrices, with a power-of-two scale for every row.
+        weights: of the projections, in_proj, x_proj and out_proj: ``ternary`` with a scale for every row, or
+            ``int8`` like all other matrices.
+        reconstruct: choose the integers of matrices by their outputs on the calibration data; see
+            ``quantize.reconstruction``.
+        weight_bits: of int8 matrices, with a power-of-two scale for every row.
         activation_bits: of what matrices and the scan's B and C are multiplied with.
         internal_bits: of what is only multiplied elementwise: inputs of convolutions, y and its gating.
         residual_bits: of the residual stream.
@@ -61,6 +66,8 @@ class ConversionConfig:
     """
 
     seq_len: int = 0
+    weights: WeightForm = "int8"
+    reconstruct: bool = False
     weight_bits: int = 8
     activation_bits: int = 8
     internal_bits: int = 14
@@ -104,6 +111,8 @@ class ConversionConfig:
             value = getattr(self, name)
             if not low <= value <= high:
                 raise MambaintError(f"[conversion] {name} = {value}", f"choose {low} to {high}")
+        if self.weights not in ("int8", "ternary"):
+            raise MambaintError(f"[conversion] weights = {self.weights!r}", "choose int8 or ternary")
         if self.scales not in ("mse", "percentile", "minmax"):
             raise MambaintError(f"[conversion] scales = {self.scales!r}", "choose mse, percentile or minmax")
         if self.target not in ("runtime", "circuit"):

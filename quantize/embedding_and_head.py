@@ -48,7 +48,7 @@ def head(p: Pieces, model: FloatModel, residual: str) -> str:
     if not isinstance(model, MambaForSequenceClassification):
         weight = array(model.lm_head.weight)[: model.config.vocab_size] * gamma
         normed, scales = p.norm("final_norm", residual, eps, weight)
-        return p.linear("logits", normed, weight, bias_of(model.lm_head), scales)
+        return p.linear("logits", normed, weight, bias_of(model.lm_head), scales, "final_norm")
     pooling, bias = model.config.pooling, bias_of(model.classifier)
     if pooling == "last":
         residual = b.add("last", "reduce", residual, frac=b.frac[residual], kind="last")
@@ -69,4 +69,5 @@ def head(p: Pieces, model: FloatModel, residual: str) -> str:
         pooled = b.shift("pool", pooled, frac - max(0, (steps - 1).bit_length() - 8))
         weight = weight / steps
         p.stands_for(pooled, "pooled", scales * steps)
-    return p.linear("logits", pooled, weight, bias, scales)
+    # A mean or a maximum moves otherwise than a step: there is nothing to reconstruct from.
+    return p.linear("logits", pooled, weight, bias, scales, "final_norm" if pooling == "last" else "")

@@ -75,7 +75,7 @@ def convert(
     options = config or ConversionConfig()
     options = dataclasses.replace(options, seq_len=options.seq_len or calibration.shape[1])
     _check_model(model, input_format)
-    observations = calibrate(model, calibration, progress)
+    observations = calibrate(model, calibration, progress, options.reconstruct)
     return build(model, observations, input_format, options, card)
 
 
@@ -86,7 +86,10 @@ def build(
     config: ConversionConfig,
     card: dict[str, Any] | None = None,
 ) -> Conversion:
-    """The integer graph of a calibrated model; see :func:`convert`. ``config.seq_len`` must be set."""
+    """The integer graph of a calibrated model; see :func:`convert`.
+
+    ``config.seq_len`` must be set; with ``config.reconstruct`` the observations need their moments.
+    """
     classify = isinstance(model, MambaForSequenceClassification)
     p = Pieces(observations, config, carries_state=not classify or config.seq_len > config.chunk_size)
     block = block_conversion(model.config.mixer)

@@ -16,6 +16,39 @@ Record = Callable[[str, Tensor], None]
 
 
 @dataclass
+class Moments:
+    """Sums over all rows of a tensor.
+
+    Attributes:
+        count: rows. total: their sum [channels]. products: of their products [channels, channels].
+    """
+
+    count: int
+    total: FloatArray
+    products: FloatArray
+
+    @classmethod
+    def of(cls, rows: FloatArray) -> Moments:
+        """Of rows [n, channels]."""
+        return cls(len(rows), rows.sum(0), rows.T @ rows)
+
+    def __add__(self, other: Moments) -> Moments:
+        return Moments(self.count + other.count, self.total + other.total, self.products + other.products)
+
+    @property
+    def mean(self) -> FloatArray:
+        """Of every channel [channels]."""
+        mean: FloatArray = self.total / self.count
+        return mean
+
+    @property
+    def covariance(self) -> FloatArray:
+        """Of the channels [channels, channels]."""
+        covariance: FloatArray = self.products / self.count - np.outer(self.mean, self.mean)
+        return covariance
+
+
+@dataclass
 class Observed:
     """What a tensor was seen to hold.
 
@@ -23,12 +56,14 @@ class Observed:
         low, high: smallest and largest value.
         channels: largest magnitude of every entry of the last axis.
         samples: some of the rows along the last axis.
+        moments: of all rows, where they were asked for.
     """
 
     low: float
     high: float
     channels: FloatArray
     samples: list[FloatArray] = field(default_factory=list)
+    moments: Moments | None = None
 
     @property
     def largest(self) -> float:

@@ -13,12 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from mamba_int.graph import Graph
-from quantize.conversion_config import ConversionConfig
+from mamba_int.graph import Graph, IntArray
+from quantize.conversion_config import ConversionConfig, WeightForm
 from quantize.counterpart import Counterpart
 from quantize.fits import ACTIVATIONS, Curve, DecayFit, TableFit
 from quantize.forms import choose_decay_form, choose_form
 from quantize.graph_builder import GraphBuilder, exceeded
+from quantize.matrices import int8_rows, ternary_rows
 from quantize.observations import Observations, Observed
 from quantize.scales import (
     FloatArray,
@@ -28,7 +29,6 @@ from quantize.scales import (
     largest_integer,
     places_for,
     rounded,
-    weight_places,
 )
 
 SPREAD = 4
@@ -43,8 +43,6 @@ LARGEST_INDEX_BITS = 14
 """A circuit looks an index up; the table of the smallest that converted models need holds these."""
 
 
-MOST_LOST_PLACES = 4
-"""So much coarser than its bits allow may the coarsest row of a matrix become."""
 MERGED_PLACES = 2
 """So much coarser may a norm's source be in a circuit, where it is its own square's."""
 
@@ -133,6 +131,15 @@ class Pieces:
             observed.sample, observed.largest, limit, self.config.scales, self.config.percentile
         )
 
+    def gains(self, channels: FloatArray, weight: FloatArray, form: WeightForm) -> IntArray:
+        """By how many places the channels that a matrix reads are made larger; see ``equalisation``.
+
+        Ternary rows have no column that could be smaller for it.
+        """
+        if form == "ternary":
+            return np.zeros(len(channels), np.int64)
+        return equalisation(channels, weight, SPREAD)
+
     def linear(
         self,
         name: str,
@@ -140,10 +147,15 @@ class Pieces:
         weight: FloatArray,
         bias: FloatArray | None,
         scales: FloatArray | None = None,
+        reads: str = "",
+        form: WeightForm = "int8",
     ) -> str:
-        """weight . x + bias, of int8 rows with a power-of-two scale each, all rows brought to the finest.
+        """weight . x + bias, of integer rows with a scale each, all rows brought to one.
 
-        ``scales`` says by how much the channels of the source are larger than x.
+        Args:
+            scales: by how much the channels of the source are larger than x; None where they are not.
+            reads: the traced tensor that x is, from whose moments the integers may be chosen; none if empty.
+            form: of the rows.
 
         Raises:
             MambaintError: if even rows of a few bits less exceed the budget.
@@ -151,35 +163,47 @@ class Pieces:
         b, f = self.graph, self.graph.frac[source]
         if scales is not None:
             weight = weight / scales
-        limit = largest_integer(self.config.weight_bits)
-        finest = weight_places(weight, limit, SPREAD)
-        offset = np.zeros(len(weight)) if bias is None else bias
+        covariance = None
+        if reads and self.config.reconstruct:
+            mean, covariance = self._moments(reads, np.ones(weight.shape[1]) if scales is None else scales)
         # In a circuit a weight costs the same whatever its bits, and so spares the factor of its row.
         folded = self.config.target == "circuit"
-        # Rows so fine that a sum, brought to the finest, might exceed the budget lose places.
-        for lost in range(finest.max() - finest.min() + MOST_LOST_PLACES):
-            places = np.minimum(finest, finest.max() - lost)
-            integers = np.clip(rounded(weight, places[:, None].astype(np.float64)), -limit, limit)
-            constants: dict[str, Any] = {"weight": integers}
-            offsets = rounded(offset, (f + places).astype(np.float64))
-            reach = np.abs(integers).sum(1) * b.types[source].magnitude + np.abs(offsets)
-            raised = places.max() - places
+        limit = largest_integer(self.config.weight_bits)
+        ternary = form == "ternary"
+        forms = ternary_rows(weight, covariance) if ternary else int8_rows(weight, limit, SPREAD, covariance)
+        for rows in forms:
+            offset = np.zeros(len(weight)) if bias is None else bias
+            if covariance is not None:
+                offset = offset + (weight - rows.reals) @ mean
+            offsets = rounded(offset / rows.units, f)
+            reach = np.abs(rows.integers).sum(1) * b.types[source].magnitude + np.abs(offsets)
             # A product with factors is bounded by the largest row and the largest factor.
-            most = int((reach << raised).max() if folded else reach.max() << raised.max())
+            most = int((reach * rows.factors).max() if folded else reach.max() * rows.factors.max())
             if most < 1 << (b.max_bits - 1):
                 break
         else:
             raise exceeded(name, "linear", most, b.max_bits)
-        if bias is not None:
+        constants: dict[str, Any] = {"weight": rows.integers}
+        if bias is not None or covariance is not None:
             constants["bias"] = offsets
-        frac, factors = f + int(places.max()), 1 << raised
+        frac = f + rows.places
         if folded:
-            constants = {key: (value.T * factors).T for key, value in constants.items()}
-        if folded or not raised.any():
+            constants = {key: (value.T * rows.factors).T for key, value in constants.items()}
+        if folded or (rows.factors == 1).all():
             return b.add(name, "linear", source, frac=frac, constants=constants)
-        # The places of the rows differ: those of the product are nominal until the rows are aligned.
+        # The scales of the rows differ: the places of the product are nominal until the rows are aligned.
         b.add(f"{name}_rows", "linear", source, frac=frac, constants=constants)
-        return b.add(name, "mul", f"{name}_rows", frac=frac, constants={"value": factors})
+        return b.add(name, "mul", f"{name}_rows", frac=frac, constants={"value": rows.factors})
+
+    def _moments(self, reads: str, scales: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """Mean and covariance of a traced tensor times scales of its channels."""
+        moments = self.seen[reads].moments
+        if moments is None:
+            raise MambaintError(
+                f"nothing is known of how the channels of '{reads}' move together",
+                "calibrate with moments=True for reconstruction",
+            )
+        return moments.mean * scales, moments.covariance * np.outer(scales, scales)
 
     def index(self, name: str, source: str, bits: int, low: float) -> str:
         """Round to an index that covers what was seen, and a tenth more, from ``low`` on."""
@@ -268,7 +292,9 @@ class Pieces:
             b.saturate(node, b.shift(f"{node}_wide", total, fine), 0, most)
         return decay, gain
 
-    def norm(self, name: str, source: str, eps: float, weight: FloatArray | None) -> tuple[str, FloatArray]:
+    def norm(
+        self, name: str, source: str, eps: float, weight: FloatArray | None, form: WeightForm = "int8"
+    ) -> tuple[str, FloatArray]:
         """x over its root mean square times a scale, and that scale of every channel of the result.
 
         With S = 2^t (sum xs^2 + d eps), R = isqrt(S) and K = s sqrt(d) 2^(t/2 + kappa): x K / R is
@@ -308,7 +334,7 @@ class Pieces:
 
         gains = np.zeros(d, np.int64)
         if weight is not None:
-            gains = equalisation(np.broadcast_to(self.seen[name].channels, d), weight, SPREAD)
+            gains = self.gains(np.broadcast_to(self.seen[name].channels, d), weight, form)
         limit = c.activation_limit
         samples = self.seen[name].sample * np.exp2(gains)
         whole = activation_scale(samples, limit, c.scales, c.percentile)

@@ -33,13 +33,14 @@ def twin_metric(checkpoint: Path, of: Checkpoint) -> float | None:
         MambaintError: if there is a twin but it cannot be read.
     """
     from mamba_int.training import load_checkpoint
+    from mamba_int.training.model_config import arithmetic_of
 
     path = checkpoint.parent / TWIN_FOLDER / checkpoint.name
     if not path.exists():
         return None
     twin = load_checkpoint(path)
-    same = twin.model_config.arithmetic == "float" and twin.data.fingerprint == of.data.fingerprint
-    metric = "accuracy" if of.model_config.task == "classification" else "bits_per_byte"
+    same = arithmetic_of(twin.model_config) == "float" and twin.data.fingerprint == of.data.fingerprint
+    metric = "accuracy" if of.data.tokenizer is None else "bits_per_byte"
     return twin.results.get(f"test_{metric}") if same else None
 
 

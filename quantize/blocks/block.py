@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from quantize.blocks.entrance import Layer
 from quantize.observations import Record
@@ -16,7 +16,12 @@ class BlockConversion(Protocol):
 
     The forms are kept in pairs: what :meth:`build` asks of the observations, :meth:`trace` records, under
     names that begin with the layer's.
+
+    Attributes:
+        matrix_inputs: names, without the layer's, of the traced tensors that matrices read.
     """
+
+    matrix_inputs: tuple[str, ...]
 
     def trace(self, record: Record, name: str, layer: Layer, residual: Tensor) -> Tensor:
         """The float block in eval mode.
@@ -29,6 +34,11 @@ class BlockConversion(Protocol):
         Returns:
             What is added to it.
         """
+        ...
+
+    def projections(self, layer: Layer) -> list[tuple[nn.Linear, nn.Parameter | None]]:
+        """The matrices that are ternary where ``ConversionConfig.weights`` is, each with the weight of the
+        norm that it alone reads, if there is one."""
         ...
 
     def build(self, p: Pieces, name: str, layer: Layer, residual: str) -> str:

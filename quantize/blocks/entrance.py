@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 from mamba_int.float_models.mixer import Mixer
 from mamba_int.float_models.models import RMSNorm
+from quantize.conversion_config import WeightForm
 from quantize.observations import Record, record_norm
 from quantize.parameters import array
 from quantize.pieces import Pieces
@@ -21,6 +22,11 @@ class Layer(NamedTuple):
     norm: RMSNorm | None
     mixer: Mixer
 
+    @property
+    def norm_weight(self) -> nn.Parameter | None:
+        """What the norm multiplies its channels with, if there is a norm."""
+        return None if self.norm is None else self.norm.weight
+
 
 def record_entrance(record: Record, name: str, layer: Layer, residual: Tensor) -> Tensor:
     """What the mixer of the layer ``name`` reads of the stream [batch, T, d_model]."""
@@ -31,13 +37,13 @@ def record_entrance(record: Record, name: str, layer: Layer, residual: Tensor) -
 
 
 def enter(
-    p: Pieces, name: str, layer: Layer, residual: str, weight: FloatArray
+    p: Pieces, name: str, layer: Layer, residual: str, weight: FloatArray, form: WeightForm
 ) -> tuple[str, FloatArray, FloatArray]:
     """The node that the mixer's first matrix reads.
 
     Args:
         p: the graph so far. name: of the layer. layer: norm and mixer. residual: node of the stream.
-        weight: of that matrix [outputs, d_model].
+        weight: of that matrix [outputs, d_model]. form: of its integers.
 
     Returns:
         The node; the matrix with the norm's own weight folded in; by how much every channel of the node is
@@ -46,7 +52,7 @@ def enter(
     at = f"{name}.norm"
     if layer.norm is not None:
         weight = weight * array(layer.norm.weight)
-        normed, scales = p.norm(at, residual, layer.norm.eps, weight)
+        normed, scales = p.norm(at, residual, layer.norm.eps, weight, form)
         return normed, weight, scales
     b, limit = p.graph, p.config.activation_limit
     frac = min(p.places(p.seen[at], limit), b.frac[residual])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from mamba_int.float_models.mamba import MambaMixer
 from mamba_int.float_models.scans import SELECTIVE_SCANS
@@ -13,8 +13,8 @@ from quantize.blocks.entrance import Layer, enter, record_entrance
 from quantize.fits import log_step
 from quantize.observations import Record, record_norm
 from quantize.parameters import array, bias_of, conv_parameters
-from quantize.pieces import SPREAD, Pieces
-from quantize.scales import FloatArray, equalisation, places_for
+from quantize.pieces import Pieces
+from quantize.scales import FloatArray, places_for
 from quantize.state_space import convolve, even_state, gate, record_gain, scan, skip, step_size
 from triton_kernels.activation import activate
 from triton_kernels.causal_conv1d import causal_conv1d
@@ -28,6 +28,8 @@ class MambaConversion:
 
     The heads of the scans are the channels, each with decays of its own.
     """
+
+    matrix_inputs: tuple[str, ...] = ("norm", "x", "dt", "gated")
 
     def trace(self, record: Record, name: str, layer: Layer, residual: Tensor) -> Tensor:
         """See ``BlockConversion``."""
@@ -63,25 +65,34 @@ class MambaConversion:
         out: Tensor = mixer.out_proj(gated)
         return out
 
+    def projections(self, layer: Layer) -> list[tuple[nn.Linear, nn.Parameter | None]]:
+        """See ``BlockConversion``."""
+        mixer = layer.mixer
+        assert isinstance(mixer, MambaMixer)
+        return [
+            (mixer.in_proj, layer.norm_weight),
+            (mixer.x_proj, None),
+            (mixer.out_proj, None),
+        ]
+
     def build(self, p: Pieces, name: str, layer: Layer, residual: str) -> str:
         """See ``BlockConversion``."""
         mixer = layer.mixer
         assert isinstance(mixer, MambaMixer)
-        b, m = p.graph, mixer.config
+        b, m, form = p.graph, mixer.config, p.config.weights
         at = f"{name}.{{}}".format
         E = m.d_inner
         bias = bias_of(mixer.in_proj)
-        normed, weight, scales = enter(p, name, layer, residual, array(mixer.in_proj.weight))
-        projected = p.linear(
-            at("in_proj"), normed, weight, np.zeros(len(weight)) if bias is None else bias, scales
-        )
+        normed, weight, scales = enter(p, name, layer, residual, array(mixer.in_proj.weight), form)
+        bias = np.zeros(len(weight)) if bias is None else bias
+        projected = p.linear(at("in_proj"), normed, weight, bias, scales, at("norm"), form)
         source = p.part(at("x_projected"), projected, 0, E)
         x = convolve(p, at("x"), source, *conv_parameters(mixer.conv1d), m.activation)
         y = skip(p, name, self._scans(p, name, mixer, x), x, array(mixer.D))
         gated = gate(p, name, y, p.part(at("z_in"), projected, E, E), m.gate_activation)
         # Nothing normalizes this: the large channels would leave the others few bits.
         weight, seen = array(mixer.out_proj.weight), p.seen[at("gated")]
-        gains = equalisation(seen.channels, weight, SPREAD)
+        gains = p.gains(seen.channels, weight, form)
         if gains.any():
             lifts = {"value": 1 << gains}
             reach = b.types[gated].magnitude << int(gains.max())
@@ -92,14 +103,16 @@ class MambaConversion:
         frac = min(p.places(seen, limit, gains.astype(np.float64)), b.frac[gated])
         v = b.requantize(at("gated"), gated, frac, limit)
         p.stands_for(v, at("gated"), np.exp2(gains))
-        return p.linear(at("out_proj"), v, weight, bias_of(mixer.out_proj), np.exp2(gains))
+        bias = bias_of(mixer.out_proj)
+        return p.linear(at("out_proj"), v, weight, bias, np.exp2(gains), at("gated"), form)
 
     def _scans(self, p: Pieces, name: str, mixer: MambaMixer, x: str) -> str:
         """S6(x, dt, B, C) without its skip."""
         b, m, limit = p.graph, mixer.config, p.config.activation_limit
         at = f"{name}.{{}}".format
         N = m.d_state
-        low_rank = p.linear(at("x_proj"), x, array(mixer.x_proj.weight), None)
+        weight = array(mixer.x_proj.weight)
+        low_rank = p.linear(at("x_proj"), x, weight, None, reads=at("x"), form=p.config.weights)
         weight = array(mixer.dt_proj.weight)
         parts, scales, start = {}, np.ones(1), 0
         for part, width in zip(PARTS, (m.rank, N, N), strict=True):
@@ -112,7 +125,7 @@ class MambaConversion:
                 continue
             frac = min(p.places(p.seen[at(part)], limit), b.frac[wide])
             parts[part] = b.requantize(at(part), wide, frac, limit)
-        dt = p.linear(at("dt_proj"), parts["dt"], weight, bias_of(mixer.dt_proj), scales)
+        dt = p.linear(at("dt_proj"), parts["dt"], weight, bias_of(mixer.dt_proj), scales, at("dt"))
         states = [at(f"state{n}") for n in range(N)]
         log_dt = step_size(p, name, dt, log_step(), [f"{state}.decay_index" for state in states])
         rates, total = np.exp(array(mixer.A_log)), ""

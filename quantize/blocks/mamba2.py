@@ -7,7 +7,7 @@ import math
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from mamba_int.float_models.config import MambaConfig
 from mamba_int.float_models.mamba2 import Mamba2Mixer
@@ -25,6 +25,8 @@ from triton_kernels.causal_conv1d import causal_conv1d
 
 class Mamba2Conversion:
     """norm; in_proj; convolution; SSD; skip; gate; norm; out_proj."""
+
+    matrix_inputs: tuple[str, ...] = ("norm", "gated_norms")
 
     def trace(self, record: Record, name: str, layer: Layer, residual: Tensor) -> Tensor:
         """See ``BlockConversion``."""
@@ -69,8 +71,17 @@ class Mamba2Conversion:
             ],
             -1,
         )
-        out: Tensor = mixer.out_proj(normed * mixer.norm.weight)
+        out: Tensor = mixer.out_proj(at("gated_norms", normed) * mixer.norm.weight)
         return out
+
+    def projections(self, layer: Layer) -> list[tuple[nn.Linear, nn.Parameter | None]]:
+        """See ``BlockConversion``."""
+        mixer = layer.mixer
+        assert isinstance(mixer, Mamba2Mixer)
+        return [
+            (mixer.in_proj, layer.norm_weight),
+            (mixer.out_proj, mixer.norm.weight),
+        ]
 
     def build(self, p: Pieces, name: str, layer: Layer, residual: str) -> str:
         """See ``BlockConversion``."""
@@ -82,8 +93,8 @@ class Mamba2Conversion:
         bias = bias_of(mixer.in_proj)
         bias = np.zeros(mixer.in_proj.out_features) if bias is None else bias
         bias[-H:] += array(mixer.dt_bias)
-        normed, weight, scales = enter(p, name, layer, residual, array(mixer.in_proj.weight))
-        projected = p.linear(at("in_proj"), normed, weight, bias, scales)
+        normed, weight, scales = enter(p, name, layer, residual, array(mixer.in_proj.weight), c.weights)
+        projected = p.linear(at("in_proj"), normed, weight, bias, scales, at("norm"), c.weights)
         taps, conv_bias = conv_parameters(mixer.conv1d)
         parts, start = {}, 0
         for part, width in (("x", E), ("B", N), ("C", N)):
@@ -100,7 +111,8 @@ class Mamba2Conversion:
         gated = b.requantize(at("gated"), gated, gated_frac, c.internal_limit)
         weight = array(mixer.out_proj.weight) * array(mixer.norm.weight)
         v, scales = self._norms(p, name, m, gated, weight)
-        return p.linear(at("out_proj"), v, weight, bias_of(mixer.out_proj), scales)
+        bias = bias_of(mixer.out_proj)
+        return p.linear(at("out_proj"), v, weight, bias, scales, at("gated_norms"), c.weights)
 
     def _scans(self, p: Pieces, name: str, mixer: Mamba2Mixer, parts: dict[str, str], dt: str) -> str:
         """SSD(x, dt, B, C) without its skip: a scan for every group."""
@@ -130,18 +142,23 @@ class Mamba2Conversion:
         self, p: Pieces, name: str, m: MambaConfig, gated: str, weight: FloatArray
     ) -> tuple[str, FloatArray]:
         """The norm after the gate, of every group by itself, and by how much its channels are larger."""
-        b, found, factors = p.graph, [], []
+        b, form, found, factors = p.graph, p.config.weights, [], []
         norms = _norms(name, m)
+        # Ternary rows have no columns of other scales: all groups keep their own.
+        same = form == "ternary" and len(norms) > 1
         for norm, channels in norms:
             width = channels.stop - channels.start
             source = gated
             if len(norms) > 1:
                 source = p.part(f"{norm}_in", gated, channels.start, width)
-            v, scales = p.norm(norm, source, m.norm_epsilon, weight[:, channels])
+            follows = None if same else weight[:, channels]
+            v, scales = p.norm(norm, source, m.norm_epsilon, follows, form)
             found.append(v)
             factors.append(np.broadcast_to(scales, width) * 2.0 ** b.frac[v])
         if len(found) == 1:
             return found[0], factors[0] * 2.0 ** -b.frac[found[0]]
+        if same:
+            return p.concat(f"{name}.gated_norms", found), np.ones(m.d_inner)
         # The bits of each are full as they are: what its places differ is one more scale of its channels.
         frac = b.frac[found[0]]
         joined = b.add(f"{name}.gated_norms", "concat", *found, frac=frac)

@@ -43,8 +43,9 @@ def head(p: Pieces, model: FloatModel, residual: str) -> str:
     b = p.graph
     gamma, eps = array(model.backbone.norm_f.weight), model.backbone.norm_f.eps
     if isinstance(model, MambaForFeatureExtraction):
-        normed, scales = p.norm("final_norm", residual, eps, np.diag(gamma))
-        return p.linear("hidden", normed, np.diag(gamma), None, scales)
+        weight = np.diag(gamma)
+        normed, scales = p.norm("final_norm", residual, eps, weight)
+        return p.linear("hidden", normed, weight, None, scales)
     if not isinstance(model, MambaForSequenceClassification):
         weight = array(model.lm_head.weight)[: model.config.vocab_size] * gamma
         normed, scales = p.norm("final_norm", residual, eps, weight)

@@ -21,10 +21,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from mamba_int.errors import MambaintError
-from mamba_int.float_models.models import MambaBlock
 from mamba_int.training.schedule import learning_rate_factor
 from quantize.blocks.registry import block_conversion
-from quantize.calibration import FloatModel
+from quantize.calibration import FloatModel, named_layers
 from quantize.ternary import Ternarization
 
 Batches = Callable[[int], tuple[Tensor, Tensor]]
@@ -117,8 +116,7 @@ def fold_norms(model: FloatModel) -> list[nn.Linear]:
     """
     block = block_conversion(model.config.mixer)
     found = []
-    for layer in model.backbone.layers:
-        assert isinstance(layer, MambaBlock)
+    for _, layer in named_layers(model):
         for linear, weight in block.projections(layer):
             if weight is not None:
                 linear.weight.mul_(weight)

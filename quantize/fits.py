@@ -263,7 +263,8 @@ def _lines(
     above = np.maximum(np.arange(len(exact))[:, None] - knots, 0)
     basis = np.concatenate([np.ones((len(exact), 1)), above], 1) / scale[:, None]
     target, weights = exact / scale, np.ones(len(exact))
-    best, least = np.zeros(basis.shape[1]), math.inf
+    best: FloatArray = np.zeros(basis.shape[1])
+    least = math.inf
     for _ in range(LAWSON_STEPS):
         root = np.sqrt(weights)
         found = np.linalg.lstsq(basis * root[:, None], target * root, rcond=None)[0]

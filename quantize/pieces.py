@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from mamba_int.errors import MambaintError
 from mamba_int.graph import Graph, IntArray
 from quantize.conversion_config import ConversionConfig, WeightForm
 from quantize.counterpart import Counterpart

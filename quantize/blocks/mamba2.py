@@ -162,7 +162,9 @@ class Mamba2Conversion:
         # The bits of each are full as they are: what its places differ is one more scale of its channels.
         frac = b.frac[found[0]]
         joined = b.add(f"{name}.gated_norms", "concat", *found, frac=frac)
-        return joined, np.concatenate(factors) * 2.0**-frac
+        scales = np.concatenate(factors) * 2.0**-frac
+        p.stands_for(joined, f"{name}.gated_norms", scales)
+        return joined, scales
 
 
 def _groups(name: str, config: MambaConfig) -> list[tuple[str, slice]]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mamba_int.errors import MambaintError
 from quantize.blocks.registry import block_conversion
-from quantize.calibration import FloatModel
+from quantize.calibration import FloatModel, named_layers
 from quantize.finetuning import FinetuneConfig, finetune, fold_norms
 from quantize.float_mamba import ConversionConfig, convert
 from tests.quantize.test_float_mamba import FORMAT, random_model
@@ -77,11 +77,11 @@ def test_conversion_finds_the_ternary_rows_of_the_student(name: str) -> None:
             for node in graph.nodes
             if node.op == "linear"
         }
-        for i, layer in enumerate(student.backbone.layers):
+        for at, layer in named_layers(student):
             for matrix, _ in block_conversion(student.config.mixer).projections(layer):
                 key = next(name for name, module in layer.mixer.named_modules() if module is matrix)
                 weight = matrix.weight.detach().double().numpy()
-                np.testing.assert_array_equal(held[f"layer{i}.{key}"], np.sign(weight))
+                np.testing.assert_array_equal(held[f"{at}.{key}"], np.sign(weight))
                 magnitudes = np.abs(weight)
                 largest = magnitudes.max(1, keepdims=True)
                 assert ((magnitudes == 0) | (magnitudes == largest)).all()

@@ -130,7 +130,7 @@ def trace(model: FloatModel, inputs: Tensor, record: Record) -> Tensor:
         residual = residual[:, -1]
     normed = record_norm(record, "final_norm", residual, backbone.norm_f.eps)
     if isinstance(model, MambaForSequenceClassification):
-        weight = backbone.norm_f.weight
+        weight: Tensor = backbone.norm_f.weight
         # The learned weight comes last here: means and powers of two pass through it, and a maximum if it is
         # positive.
         if c.pooling == "mean":

@@ -19,7 +19,7 @@ LOWER = {
     "embedding": "residual_bits",
     "mul": "internal_bits or activation_bits",
     "add": "residual_bits or internal_bits",
-    "ssd": "A_bits, decay_bits, scan_bits or activation_bits",
+    "ssd": "A_bits, decay_bits, scan_bits, activation_bits or chunk_size",
     "reduce": "activation_bits",
 }
 """What keeps an operation's intermediates smaller, where one setting does."""

@@ -12,11 +12,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
-from itertools import count
 from math import prod
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,6 +26,7 @@ from mamba_int.operations import OPERATIONS
 from mamba_int.operations.base import nobody
 from quantize.calibration import FloatModel, Progress, trace
 from quantize.counterpart import Counterpart
+from quantize.fits import DecayFit, TableFit
 from quantize.float_mamba import Conversion
 from quantize.operation_counts import Counts, count_operations
 from quantize.sqnr import sqnr_db
@@ -111,7 +110,6 @@ class ActivationForm:
         form: ``table`` or ``lines``. size: entries of the table, or straight lines.
         error: no real number of the range is further from what it gives.
         relative: whether ``error`` is a share of the exact value, not in units of it.
-        largest: largest magnitude it gives.
     """
 
     name: str
@@ -120,7 +118,6 @@ class ActivationForm:
     size: int
     error: float
     relative: bool
-    largest: float
 
 
 @dataclass(frozen=True)
@@ -133,7 +130,7 @@ class Comparison:
         float_parameters: of the float model. float_bytes: what they take as float32.
         size_bytes: of the integers of the graph, ternary ones at 2 bits.
         layers, tensors: worst own error first.
-        activations: in the order of computation.
+        activations: layer by layer.
     """
 
     model_id: str
@@ -428,26 +425,19 @@ def _layers(
 
 
 def _activations(conversion: Conversion) -> list[ActivationForm]:
-    """Every real function of the graph, in the order of computation."""
-    by_name, layers = conversion.graph.by_name, layers_of(conversion.graph)
-    order = {name: i for i, name in enumerate(by_name)}
-    forms, position = [], {}
+    """Every real function of the graph, layer by layer."""
+    forms = []
 
-    def add(name: str, values: IntArray, error: float, relative: bool = False) -> None:
-        # What saturates an activation is gone if its lines cannot leave its range.
-        counterpart = conversion.counterparts.get(name)
-        node = by_name[counterpart.node if counterpart else name]
-        form, size = "table", len(values)
-        if node.op != "table":
-            form, size = "lines", next(i for i in count() if f"{name}_line{i}" not in by_name)
-        largest = float(np.abs(values).max() * 2.0**-node.frac)
-        forms.append(ActivationForm(name, layers[node.name], form, size, error, relative, largest))
-        position[name] = order[node.name]
+    def add(name: str, fit: TableFit | DecayFit, entries: int, error: float, relative: bool = False) -> None:
+        form, size = ("lines", fit.pieces) if fit.pieces else ("table", entries)
+        forms.append(ActivationForm(name, name.partition(".")[0], form, size, error, relative))
 
     for name, fit in conversion.tables.items():
-        add(name, fit.values, fit.error)
+        add(name, fit, len(fit.values), fit.error)
     for name, decay in conversion.decays.items():
-        add(name, decay.decay, decay.decay_error)
+        add(name, decay, len(decay.decay), decay.decay_error)
         # What the gain is for is that the step size is right, whatever became of the decay.
-        add(f"{name.removesuffix('decay')}gain", decay.gain, decay.step_error, relative=True)
-    return sorted(forms, key=lambda form: position[form.name])
+        gain = f"{name.removesuffix('decay')}gain"
+        add(gain, decay, len(decay.gain), decay.step_error, relative=True)
+    order = {layer: i for i, layer in enumerate(dict.fromkeys(layers_of(conversion.graph).values()))}
+    return sorted(forms, key=lambda form: order[form.layer])

@@ -270,7 +270,7 @@ def _lines(
         found = np.linalg.lstsq(basis * root[:, None], target * root, rcond=None)[0]
         errors = np.abs(basis @ found - target)
         if errors.max() < least:
-            best, least = found, float(errors.max())
+            best, least = found.astype(np.float64), float(errors.max())
         if least <= ROUNDING:
             break
         weights = np.maximum(weights * errors, 1e-12)

@@ -19,7 +19,7 @@ LOWER = {
     "embedding": "residual_bits",
     "mul": "internal_bits or activation_bits",
     "add": "residual_bits or internal_bits",
-    "ssd": "A_bits, decay_bits, scan_bits or activation_bits",
+    "ssd": "A_bits, decay_bits, scan_bits, activation_bits or chunk_size",
     "reduce": "activation_bits",
 }
 """What keeps an operation's intermediates smaller, where one setting does."""
@@ -73,11 +73,16 @@ class GraphBuilder:
         """Append a node; return its name.
 
         Raises:
-            MambaintError: if it can exceed ``max_bits``.
+            MambaintError: if it can exceed ``max_bits``, or has constants that the operation does not take.
         """
         held = {key: np.array(value, np.int64) for key, value in (constants or {}).items()}
         node = Node(name, op, inputs, attributes, held, frac)
-        tensor = OPERATIONS[op].infer(node, [self.types[source] for source in inputs], self.seq_len)
+        try:
+            tensor = OPERATIONS[op].infer(node, [self.types[source] for source in inputs], self.seq_len)
+        except ValueError as error:
+            raise MambaintError(
+                f"{located(name, op)} has no integer form: {error}", "calibrate with data as it comes in use"
+            ) from error
         if tensor.peak > 1 << self.max_bits:
             raise exceeded(name, op, tensor.peak, self.max_bits)
         self.nodes.append(node)
@@ -88,7 +93,8 @@ class GraphBuilder:
 
     def shift(self, name: str, source: str, frac: int) -> str:
         """Round to ``frac`` places; the source itself if it has them."""
-        places = self.frac[source] - frac
+        # More places than these leave as little: nothing.
+        places = min(self.frac[source] - frac, self.types[source].magnitude.bit_length() + 1)
         return self.add(name, "shift", source, frac=frac, places=places) if places else source
 
     def saturate(self, name: str, source: str, low: int, high: int) -> str:

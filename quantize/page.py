@@ -186,14 +186,13 @@ def _comparison(comparison: dict[str, Any]) -> list[str]:
         ),
         "<h2>Activations and decays, with proven errors</h2>",
         _table(
-            ("function", "form", "entries or lines", "proven error", "largest value"),
+            ("function", "form", "entries or lines", "proven error"),
             [
                 (
                     form["name"],
                     form["form"],
                     form["size"],
                     f"{100 * form['error']:.3g} %" if form["relative"] else f"{form['error']:.3g}",
-                    f"{form['largest']:.4g}",
                 )
                 for form in activations
             ],

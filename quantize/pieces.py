@@ -38,12 +38,8 @@ LOWEST = -16.0
 """What activations make of less is as good as zero."""
 NORM_ROOM = 2
 """Binary orders of root mean squares beyond those seen, each way, that a norm still takes exactly."""
-
-
 LARGEST_INDEX_BITS = 14
-"""A circuit looks an index up; the table of the smallest that converted models need holds these."""
-
-
+"""Of an index that lines read without a clamp: a circuit looks it up, and the table of 2^16 rows holds it."""
 MERGED_PLACES = 2
 """So much coarser may a norm's source be in a circuit, where it is its own square's."""
 
@@ -310,7 +306,9 @@ class Pieces:
         square_limit = math.isqrt((1 << room) // (2 * d))
         seen = self.seen[f"{name}.source"].largest
         # Residuals may double, and what a square loses to saturation falsifies the whole vector.
-        square_frac = min(places_for(2 * seen, square_limit), b.frac[source])
+        # Nor may eps exceed the budget where almost nothing was seen.
+        finest = math.floor(math.log2((1 << (room - 2)) / (eps * d)) / 2)
+        square_frac = min(places_for(2 * seen, square_limit), b.frac[source], finest)
         if c.target == "circuit" and b.frac[source] - square_frac <= MERGED_PLACES:
             # One rounding and one clamp instead of two.
             source = b.requantize(f"{name}_source", source, square_frac, square_limit)

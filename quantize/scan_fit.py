@@ -136,5 +136,5 @@ def fit_scan(name: str, shape: ScanShape) -> ScanFit:
                 return ScanFit(attributes, s.node(attributes).constants, y_frac)
     raise MambaintError(
         f"{located(name, 'ssd')} fits {s.max_bits} bits with no shifts, at chunk_size = {s.chunk_size}",
-        f"lower {LOWER['ssd']} or chunk_size, or raise M_bits or max_bits",
+        f"lower {LOWER['ssd']}, or raise M_bits or max_bits",
     )

@@ -21,6 +21,12 @@ from quantize.pieces import LOWEST, SPREAD, Pieces
 from quantize.scales import FloatArray, largest_integer, places_for, rounded
 from quantize.scan_fit import ScanShape, fit_scan
 
+FACTOR_BITS = 12
+"""Of what x is multiplied with to become x'."""
+LOOKUP_BITS = 13
+"""Of the result of a scan in a circuit: the table of 2^16 rows holds twice that above the lowest."""
+D_BITS, LEAST_D_BITS = 10, 6
+"""Of the largest skip weight, if the budget allows, and at least."""
 LEAST_TAP = 7
 """The largest tap of a convolution must be at least this: four bits, its sign included."""
 LEAST_DECAY = 2.0**-60
@@ -42,9 +48,16 @@ def convolve(
     x = b.requantize(f"{at}_in", source, frac, limit)
     # Taps as fine as the budget of a sum of so many products allows.
     largest = min(limit, ((1 << (b.max_bits - 2)) // limit) // taps.shape[1])
+    if c.target == "circuit":
+        # A shift by many places costs another lookup.
+        largest = min(largest, largest_integer(c.weight_bits))
     if largest < LEAST_TAP:
         raise exceeded(f"{at}_conv", "conv", LEAST_TAP * limit * taps.shape[1] * 4, b.max_bits)
     tap_frac = places_for(float(np.abs(taps).max()), largest)
+    if bias.any():
+        # What was seen may be so small that its bias, at its places, exceeds the budget.
+        finest = math.floor(math.log2((1 << (b.max_bits - 2)) / float(np.abs(bias).max())))
+        tap_frac = min(tap_frac, finest - frac)
     constants = {"taps": rounded(taps, tap_frac), "bias": rounded(bias, frac + tap_frac)}
     linear = b.add(f"{at}_conv", "conv", x, frac=frac + tap_frac, constants=constants)
     index = p.index(f"{at}_index", linear, c.index_bits, LOWEST)
@@ -117,8 +130,12 @@ def scan(
     if headdim == 1:
         factor = b.add(at("factor"), "mul", gain, frac=fine, constants={"value": whole})
     else:
-        columns = np.kron(np.diag(whole), np.ones((headdim, 1), np.int64))
-        factor = b.add(at("factor"), "linear", gain, frac=fine, constants={"weight": columns})
+        # Heads are few: one more rounding of theirs spares that of the channels places.
+        factor = b.add(at("factor_wide"), "mul", gain, frac=fine, constants={"value": whole})
+        fine -= max(0, b.types[factor].magnitude.bit_length() - FACTOR_BITS)
+        factor = b.shift(at("factor_heads"), factor, fine)
+        columns = np.kron(np.eye(len(rates), dtype=np.int64), np.ones((headdim, 1), np.int64))
+        factor = b.add(at("factor"), "linear", factor, frac=fine, constants={"weight": columns})
     product = b.add(at("scan_x_product"), "mul", x, factor, frac=b.frac[x] + fine)
     limit = largest_integer(c.scan_bits)
     lifted = np.repeat(lifts, headdim)
@@ -150,8 +167,11 @@ def scan(
     y = b.add(at("ssd"), "ssd", *operands, frac=fit.frac, constants=dict(fit.constants), **fit.attributes)
     # Every head keeps its lift until here; bring all to the largest.
     largest = int(lifts.max())
-    limit = (1 << (c.internal_bits + largest)) - 1
-    frac = min(p.places(p.seen[f"{layer}.y"], c.internal_limit) + 1, fit.frac)
+    bits, frac = c.internal_bits + largest, p.places(p.seen[f"{layer}.y"], c.internal_limit) + 1
+    if c.target == "circuit":
+        frac -= max(0, bits - LOOKUP_BITS)
+        bits = min(bits, LOOKUP_BITS)
+    limit, frac = (1 << bits) - 1, min(frac, fit.frac)
     y = b.requantize(at("scanned"), y, frac, limit)
     if largest:
         aligned = {"value": 1 << (largest - lifted.astype(np.int64))}
@@ -161,15 +181,26 @@ def scan(
 
 def skip(p: Pieces, layer: str, scanned: str, x: str, D: FloatArray) -> str:
     """C h + D x."""
-    b, c = p.graph, p.config
-    frac = places_for(float(np.abs(D).max()), 1 << 10)
-    product = b.add(
-        f"{layer}.Dx_product", "mul", x, frac=b.frac[x] + frac, constants={"value": rounded(D, frac)}
-    )
-    # Rounded once, after the gate, if the budget holds the finer of the two.
-    fine = max(b.frac[product], b.frac[scanned])
-    reach = sum(b.types[part].magnitude << (fine - b.frac[part]) for part in (scanned, product))
-    frac = fine if reach * c.activation_limit < 1 << (b.max_bits - 1) else b.frac[scanned]
+    b, limit = p.graph, p.config.activation_limit
+    largest = float(np.abs(D).max())
+    finest, coarsest = places_for(largest, 1 << D_BITS), places_for(largest, 1 << LEAST_D_BITS)
+
+    def summed(places: int) -> tuple[int, int]:
+        """Places of the sum if neither part is rounded, and its magnitude."""
+        own = b.frac[x] + places
+        frac = max(own, b.frac[scanned])
+        skipped = int(np.abs(rounded(D, places)).max()) * b.types[x].magnitude
+        return frac, (b.types[scanned].magnitude << (frac - b.frac[scanned])) + (skipped << (frac - own))
+
+    # Best is a sum that is rounded once, after the gate; then one that is rounded before.
+    fine = range(finest, coarsest - 1, -1)
+    fits = [places for places in fine if summed(places)[1] * limit < 1 << (b.max_bits - 1)]
+    places = fits[0] if fits else finest
+    frac, reach = summed(places)
+    if reach >= 1 << (b.max_bits - 1):
+        frac = b.frac[scanned]
+    held = {"value": rounded(D, places)}
+    product = b.add(f"{layer}.Dx_product", "mul", x, frac=b.frac[x] + places, constants=held)
     scanned = b.shift(f"{layer}.scanned_aligned", scanned, frac)
     product = b.shift(f"{layer}.Dx", product, frac)
     return b.add(f"{layer}.y_sum", "add", scanned, product, frac=frac)

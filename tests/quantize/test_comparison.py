@@ -229,9 +229,13 @@ def test_every_table_and_every_set_of_lines_shows_its_proven_error(last: Convert
         assert forms[name].error == fit.error and not forms[name].relative
     assert forms["layer0.gain"].relative
     assert forms["layer0.gain"].error == conversion.decays["layer0.decay"].step_error
-    lines = compare_with_float(*converted("last", PROVABLE)).activations
-    gate = next(form for form in lines if form.name == "layer0.gate")
-    assert gate.form == "lines" and 2 <= gate.size <= PROVABLE.pieces
+    provable, *others = converted("last", PROVABLE)
+    lines = {form.name: form for form in compare_with_float(provable, *others).activations}
+    gate = provable.tables["layer0.gate"]
+    assert (lines["layer0.gate"].form, lines["layer0.gate"].size) == (
+        "lines",
+        gate.pieces,
+    ) and gate.pieces > 1
 
 
 def test_layers_are_told_from_what_is_around_them(last: Converted) -> None:

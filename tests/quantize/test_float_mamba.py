@@ -210,6 +210,17 @@ def test_more_bits_are_nearer() -> None:
     assert fine < coarse / 20
 
 
+def test_a_checkpoint_beyond_int32_names_its_layer_and_what_to_lower() -> None:
+    model, tokens, _ = random_model("language_odd")
+    with torch.no_grad():
+        model.backbone.layers[1].mixer.in_proj.bias[0] = 1e7
+    with pytest.raises(MambaintError) as raised:
+        convert(model, tokens)
+    assert raised.value.cause.startswith("'layer1.in_proj' (linear) of layer 1 can reach ")
+    assert raised.value.cause.endswith("beyond 29")
+    assert raised.value.remedy == "lower weight_bits or activation_bits"
+
+
 def test_extreme_inputs_stay_within_the_proven_intervals() -> None:
     conversion, *_ = converted("mean_of_chunks")
     graph = conversion.graph
@@ -264,8 +275,13 @@ def test_weights_that_are_not_finite_are_named() -> None:
 @pytest.mark.parametrize(
     ("name", "changes", "cause", "remedy"),
     [
-        ("last", {"max_bits": 16}, "'embed' .linear. outside the layers", "weight_bits or activation_bits"),
-        ("last", {"max_bits": 20, "residual_bits": 12}, "layer 0", "or raise max_bits"),
+        (
+            "last",
+            {"max_bits": 16},
+            "'layer0.x_conv' .conv. of layer 0 .* beyond 16",
+            "internal_bits",
+        ),
+        ("last", {"max_bits": 20}, "'layer0.ssd' .ssd. of layer 0", "or raise M_bits or max_bits"),
         ("mamba_last", {"max_bits": 24, "A_bits": 23}, "'layer0.state0.ssd'", "A_bits"),
     ],
 )

@@ -54,12 +54,22 @@ def _gelu(x: FloatArray) -> FloatArray:
     return 0.5 * x * tail
 
 
+def _squareplus(x: FloatArray) -> FloatArray:
+    x = np.clip(x, -50.0, 50.0)
+    root = np.sqrt(x * x + 4)
+    # Below zero the sum would cancel.
+    smooth: FloatArray = np.where(x >= 0, (x + root) / 2, 2 / (root + np.abs(x)))
+    return smooth
+
+
 ACTIVATIONS: dict[str, Curve] = {
     # Zeros of the derivatives.
     "silu": Curve(_silu, (-1.2784645427610738,)),
     "gelu": Curve(_gelu, (-0.7517915246935645,)),
     "relu": Curve(lambda x: np.maximum(x, 0.0)),
     "identity": Curve(lambda x: x),
+    "squareplus": Curve(_squareplus),
+    "algebraic_sigmoid": Curve(lambda x: 0.5 + 0.5 * x / (1 + np.abs(x))),
 }
 """The activations of float models, by their names there."""
 

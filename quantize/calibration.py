@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from mamba_int.errors import MambaintError
+from mamba_int.float_models.bit_shift_norm import BitShiftNorm
 from mamba_int.float_models.models import (
     MambaBackbone,
     MambaBlock,
     MambaForCausalLM,
     MambaForSequenceClassification,
 )
+from quantize.bit_shift_norm import record_bit_shift_norm
 from quantize.blocks.registry import block_conversion
 from quantize.observations import Observations, Observed, Record, record_norm
 
@@ -128,14 +130,19 @@ def trace(model: FloatModel, inputs: Tensor, record: Record) -> Tensor:
         record("residual", residual)
     if isinstance(model, MambaForSequenceClassification) and c.pooling == "last":
         residual = residual[:, -1]
-    normed = record_norm(record, "final_norm", residual, backbone.norm_f.eps)
+    norm = backbone.norm_f
+    if isinstance(norm, BitShiftNorm):
+        normed = record_bit_shift_norm(record, "final_norm", residual, norm)
+        weight = norm.weight * norm.step_size
+    else:
+        normed, weight = record_norm(record, "final_norm", residual, norm.eps), norm.weight
     if isinstance(model, MambaForSequenceClassification):
         if c.pooling == "mean":
             normed = normed.mean(1)
         # The learned weight comes last here: means and powers of two pass through it.
         record("pooled", normed)
-        logits: Tensor = model.classifier(normed * backbone.norm_f.weight)
+        logits: Tensor = model.classifier(normed * weight)
     else:
-        logits = model.logits(normed * backbone.norm_f.weight)
+        logits = model.logits(normed * weight)
     record("logits", logits)
     return logits

@@ -5,12 +5,16 @@ from __future__ import annotations
 import numpy as np
 from torch import nn
 
+from mamba_int.float_models.bit_linear import BitLinear
+from mamba_int.float_models.bit_shift_norm import BitShiftNorm
 from mamba_int.float_models.models import MambaForSequenceClassification
+from quantize.bit_linear import bit_linear
+from quantize.bit_shift_norm import bit_shift_norm
 from quantize.calibration import FloatModel
 from quantize.conversion_config import InputFormat
 from quantize.parameters import array
 from quantize.pieces import Pieces
-from quantize.scales import rounded
+from quantize.scales import FloatArray, rounded
 
 
 def embed(p: Pieces, model: FloatModel, input_format: InputFormat | None) -> str:
@@ -33,7 +37,7 @@ def embed(p: Pieces, model: FloatModel, input_format: InputFormat | None) -> str
 def head(p: Pieces, model: FloatModel, residual: str) -> str:
     """Logits of the residual stream after the last layer."""
     b, c = p.graph, p.config
-    gamma = array(model.backbone.norm_f.weight)
+    norm = model.backbone.norm_f
     classify = isinstance(model, MambaForSequenceClassification)
     last = classify and model.config.pooling == "last"
     source = residual
@@ -43,14 +47,21 @@ def head(p: Pieces, model: FloatModel, residual: str) -> str:
     weight = array(output.weight)
     if not classify:
         weight = weight[: model.config.vocab_size]
-    weight = weight * gamma
-    eps = model.backbone.norm_f.eps
-    pooled, scales = p.norm("final_norm", source, eps, weight)
+    scales: FloatArray | None = None
+    if isinstance(norm, BitShiftNorm):
+        pooled = bit_shift_norm(p, "final_norm", source, norm)
+    else:
+        weight = weight * array(norm.weight)
+        pooled, scales = p.norm("final_norm", source, norm.eps, weight)
     if classify and not last:
         pooled = b.add("pool_sum", "reduce", pooled, frac=b.frac[pooled], kind="sum")
         # The mean's division is in the weights; eight bits more than a step has are enough.
         places = max(0, (c.seq_len - 1).bit_length() - 8)
         pooled = b.shift("pool", pooled, b.frac[pooled] - places)
         weight = weight / c.seq_len
+    gain = model.config.d_model**-0.5 if model.config.scale_logits and not classify else 1.0
+    if isinstance(output, BitLinear):
+        return bit_linear(p, "logits", pooled, output, gain, model.config.vocab_size)
+    weight = weight * gain
     bias = None if output.bias is None else array(output.bias)
     return p.linear("logits", pooled, weight, bias, scales)

@@ -252,23 +252,28 @@ class DecayFit:
         return self.low + len(self.decay) - 1
 
 
-def fit_decay(low: int, high: int, index_frac: int, decay_bits: int, gain_bits: int) -> DecayFit:
+def fit_decay(
+    low: int, high: int, index_frac: int, decay_bits: int, gain_bits: int, stepless: bool = False
+) -> DecayFit:
     """The tables of decay and gain.
 
     Args:
         low, high: indices of the first and last entry. index_frac: binary places of v.
         decay_bits: k. gain_bits: bits of the largest gain.
+        stepless: the recurrence is h' = e^-u h + B x, without a step size at x: then g = 1 / (1 - a), and
+            ``step_error`` is that of (1 - n / 2^k) g from one.
     """
     below, middle, above = _cells(low, high, index_frac)
     one = 1 << decay_bits
     u = np.exp(middle)
     n = np.clip(_round(np.exp(-u) * one), 0, one - 1)
     enters = 1 - n / one
-    exact = u / enters
+    exact = (1.0 if stepless else u) / enters
     gain_frac = math.floor(math.log2(((1 << gain_bits) - 1) / float(exact.max())))
     gain = _round(exact * 2.0**gain_frac)
     # Both e^-e^v and e^v are monotone.
     decay_error = float(np.abs(np.exp(-np.exp(np.stack([below, above]))) - n / one).max())
     entered = enters * gain * 2.0**-gain_frac
-    step_error = float(np.abs(entered / np.exp(np.stack([below, above])) - 1).max())
+    steps = np.ones((2, 1)) if stepless else np.exp(np.stack([below, above]))
+    step_error = float(np.abs(entered / steps - 1).max())
     return DecayFit(low, n, gain, gain_frac, decay_error + ROUNDING, step_error + ROUNDING)

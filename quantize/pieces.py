@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 
 from mamba_int.errors import MambaintError
+from mamba_int.float_models.config import Activation
+from mamba_int.graph import IntArray
 from quantize.conversion_config import ConversionConfig
 from quantize.fits import ACTIVATIONS, DecayFit, TableFit, fit_piecewise, fit_table
 from quantize.graph_builder import GraphBuilder
@@ -30,10 +32,14 @@ from quantize.scales import (
 
 SPREAD = 4
 """Most places between the coarsest and the finest scale of rows, channels or heads."""
-LOWEST = -16.0
-"""What activations make of less is as good as zero."""
+_LOWEST = {"squareplus": -50.0, "algebraic_sigmoid": -math.inf}
 NORM_ROOM = 2
 """Binary orders of root mean squares beyond those seen, each way, that a norm still takes exactly."""
+
+
+def lowest(activation: Activation) -> float:
+    """What the activation makes of less than this is as good as what it makes of this."""
+    return _LOWEST.get(activation, -16.0)
 
 
 class Pieces:
@@ -154,10 +160,26 @@ class Pieces:
     def norm(self, name: str, source: str, eps: float, weight: FloatArray) -> tuple[str, FloatArray]:
         """x over its root mean square times a scale, and that scale of every channel of the result.
 
+        The scale fills the result's bits, which the matrix that reads it undoes. Channels that are small have
+        whole places more.
+        """
+        b, c = self.graph, self.config
+        d = b.types[source].shape[-1]
+        gains = equalisation(np.broadcast_to(self.seen[name].channels, d), weight, SPREAD)
+        limit = c.activation_limit
+        samples = self.seen[name].sample * np.exp2(gains)
+        whole = activation_scale(samples, limit, c.scales, c.percentile)
+        places = math.floor(math.log2(whole))
+        scale = whole * 2.0**-places
+        product = self.over_root_mean_square(name, source, eps, scale, gains)
+        normed = b.requantize(name, product, min(places, b.frac[product]), limit)
+        return normed, scale * np.exp2(gains)
+
+    def over_root_mean_square(self, name: str, source: str, eps: float, scale: float, gains: IntArray) -> str:
+        """x times scale 2^gains over its root mean square.
+
         With S = 2^t (sum xs^2 + d eps), R = isqrt(S) and K = s sqrt(d) 2^(t/2 + kappa): x K / R is
-        2^kappa s x / rms, for any t and kappa that keep R exact and K / R inside the budget, and for any s:
-        the one that fills the result's bits, which the matrix that reads it undoes. Channels that are small
-        have whole places more.
+        2^kappa s x / rms, for any t and kappa that keep R exact and K / R inside the budget, and for any s.
         """
         b, c = self.graph, self.config
         d = b.types[source].shape[-1]
@@ -185,12 +207,6 @@ class Pieces:
         root = b.add(f"{name}_root", "isqrt", scaled, frac=0)
         smallest = b.types[root].low
 
-        gains = equalisation(np.broadcast_to(self.seen[name].channels, d), weight, SPREAD)
-        limit = c.activation_limit
-        samples = self.seen[name].sample * np.exp2(gains)
-        whole = activation_scale(samples, limit, c.scales, c.percentile)
-        places = math.floor(math.log2(whole))
-        scale = whole * 2.0**-places
         inverse_bits = room - int(gains.max()) - b.types[source].magnitude.bit_length()
         largest = min(smallest << inverse_bits, 1 << room)
         unit = scale * math.sqrt(d * 2.0**t)
@@ -207,5 +223,4 @@ class Pieces:
             constants={"weight": (1 << gains)[:, None]},
         )
         frac = b.frac[source] + kappa - square_frac
-        product = b.add(f"{name}_product", "mul", source, spread, frac=frac)
-        return b.requantize(name, product, min(places, frac), limit), scale * np.exp2(gains)
+        return b.add(f"{name}_product", "mul", source, spread, frac=frac)

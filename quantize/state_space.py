@@ -16,7 +16,7 @@ from torch import Tensor
 from mamba_int.float_models.config import Activation
 from quantize.fits import Curve, fit_decay, fit_table
 from quantize.observations import Record
-from quantize.pieces import LOWEST, SPREAD, Pieces
+from quantize.pieces import SPREAD, Pieces, lowest
 from quantize.scales import FloatArray, largest_integer, places_for, rounded
 from quantize.scan_fit import ScanShape, fit_scan
 
@@ -42,7 +42,7 @@ def convolve(
     tap_frac = places_for(float(np.abs(taps).max()), largest)
     constants = {"taps": rounded(taps, tap_frac), "bias": rounded(bias, frac + tap_frac)}
     linear = b.add(f"{at}_conv", "conv", x, frac=frac + tap_frac, constants=constants)
-    index = p.index(f"{at}_index", linear, c.index_bits, LOWEST)
+    index = p.index(f"{at}_index", linear, c.index_bits, lowest(activation))
     out = p.places(p.seen[at], c.activation_limit)
     return p.activation(at, index, activation, out, c.activation_limit)
 
@@ -73,6 +73,7 @@ def scan(
     rates: FloatArray,
     headdim: int,
     largest_G: float,
+    stepless: tuple[float, float] | None = None,
 ) -> str:
     """C h of every step.
 
@@ -81,6 +82,7 @@ def scan(
         inputs: x, B, C and the logarithm of the step size. rates: -A of every head.
         headdim: channels of a head.
         largest_G: magnitude of C . B that was seen.
+        stepless: the step size decides the decay alone, h' = e^(dt A) h + B x, and dt |A| is within these.
     """
     b, c = p.graph, p.config
     at = f"{name}.{{}}".format
@@ -90,9 +92,14 @@ def scan(
     offset = np.broadcast_to(rounded(np.log(rates), frac), b.types[log_dt].shape[-1:])
     v = b.add(at("log_decay_wide"), "add", log_dt, frac=frac, constants={"value": offset})
     first, last = math.floor((seen.low - 0.2) * 2.0**frac), math.ceil((seen.high + 0.2) * 2.0**frac)
+    if stepless is not None:
+        least, most = (round(math.log(end) * 2.0**frac) for end in stepless)
+        first, last = max(first, least), min(last, most)
     v = b.saturate(at("log_decay"), v, first, last)
     tensor = b.types[v]
-    decays = fit_decay(tensor.low, tensor.high, frac, c.decay_bits, c.gain_bits)
+    # Without a step size x' = x / (1 - a) has the range of the decays as well.
+    gain_bits, scan_bits = (c.internal_bits,) * 2 if stepless else (c.gain_bits, c.scan_bits)
+    decays = fit_decay(tensor.low, tensor.high, frac, c.decay_bits, gain_bits, stepless is not None)
     p.decays[at("decay")] = decays
     n = b.add(at("decay"), "table", v, frac=c.decay_bits, constants={"values": decays.decay}, low=decays.low)
     gain = b.add(
@@ -103,7 +110,7 @@ def scan(
     seen = p.seen[at("scan_x")]
     heads = np.maximum(seen.channels.reshape(len(rates), -1).max(1), 2.0**-40)
     lifts = np.minimum(np.floor(np.log2(heads.max() / heads)), SPREAD)
-    factors = np.exp2(lifts) / rates
+    factors = np.exp2(lifts) / (np.ones_like(rates) if stepless else rates)
     width = b.max_bits - 1 - b.types[x].magnitude.bit_length() - b.types[gain].magnitude.bit_length()
     factor_frac = places_for(float(factors.max()), (1 << min(width, 12)) - 1)
     whole, fine = rounded(factors, factor_frac), decays.gain_frac + factor_frac
@@ -113,11 +120,34 @@ def scan(
         columns = np.kron(np.diag(whole), np.ones((headdim, 1), np.int64))
         factor = b.add(at("factor"), "linear", gain, frac=fine, constants={"weight": columns})
     product = b.add(at("scan_x_product"), "mul", x, factor, frac=b.frac[x] + fine)
-    limit = largest_integer(c.scan_bits)
+    limit = largest_integer(scan_bits)
     lifted = np.repeat(lifts, headdim)
     scan_frac = min(p.places(seen, limit, lifted), b.frac[product])
     scan_x = b.requantize(at("scan_x"), product, scan_frac, limit)
+    return convex_scan(p, layer, name, (scan_x, B, C, n), lifted, headdim, largest_G)
 
+
+def convex_scan(
+    p: Pieces,
+    layer: str,
+    name: str,
+    inputs: tuple[str, str, str, str],
+    lifted: FloatArray,
+    headdim: int,
+    largest_G: float,
+) -> str:
+    """C h of every step, with h' = a h + (1 - a) B x' and a = n / 2^k.
+
+    Args:
+        layer: whose y says how fine this must be. name: of the scan.
+        inputs: x', B, C and n, of which n has k places.
+        lifted: by how many places each channel of x' is larger, whole numbers.
+        headdim: channels of a head.
+        largest_G: magnitude of C . B that was seen.
+    """
+    b, c = p.graph, p.config
+    at = f"{name}.{{}}".format
+    scan_x, B, C, n = inputs
     G = math.ceil(2 * largest_G * 2.0 ** (b.frac[B] + b.frac[C])) + 1
     shape = ScanShape(
         x=b.types[scan_x],
@@ -129,7 +159,7 @@ def scan(
         C_frac=b.frac[C],
         headdim=headdim,
         chunk_size=c.chunk_size,
-        decay_bits=c.decay_bits,
+        decay_bits=b.frac[n],
         A_bits=c.A_bits,
         largest_G=G,
         seq_len=c.seq_len,
@@ -140,7 +170,7 @@ def scan(
     operands = [scan_x, B, C, n, B] if p.carries_state else [scan_x, B, C, n]
     y = b.add(at("ssd"), "ssd", *operands, frac=fit.frac, constants=dict(fit.constants), **fit.attributes)
     # Every head keeps its lift until here; bring all to the largest.
-    largest = int(lifts.max())
+    largest = int(lifted.max())
     limit = (1 << (c.internal_bits + largest)) - 1
     frac = min(p.places(p.seen[f"{layer}.y"], c.internal_limit) + 1, fit.frac)
     y = b.requantize(at("scanned"), y, frac, limit)
@@ -167,7 +197,7 @@ def gate(p: Pieces, layer: str, y: str, z_in: str, activation: Activation) -> st
     at = f"{layer}.{{}}".format
     y_frac = min(p.places(p.seen[at("y")], c.internal_limit), b.frac[y])
     y = b.requantize(at("y"), y, y_frac, c.internal_limit)
-    z = p.index(at("z"), z_in, c.index_bits, LOWEST)
+    z = p.index(at("z"), z_in, c.index_bits, lowest(activation))
     gate_frac = p.places(p.seen[at("gate")], c.activation_limit)
     opened = p.activation(at("gate"), z, activation, gate_frac, c.activation_limit)
     return b.add(at("gated_product"), "mul", y, opened, frac=y_frac + gate_frac)

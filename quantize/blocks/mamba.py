@@ -10,7 +10,7 @@ from torch import Tensor
 from mamba_int.errors import MambaintError
 from mamba_int.float_models.config import MambaConfig
 from mamba_int.float_models.mamba import MambaMixer
-from mamba_int.float_models.models import MambaBlock
+from mamba_int.float_models.models import MambaBlock, RMSNorm
 from mamba_int.float_models.scans import SELECTIVE_SCANS
 from quantize.fits import log_step
 from quantize.observations import Record, record_norm
@@ -30,6 +30,11 @@ class MambaConversion:
 
     def check(self, config: MambaConfig) -> None:
         """See ``BlockConversion``."""
+        if config.norm != "rms":
+            raise MambaintError(
+                f"norm = '{config.norm}' of a '{config.mixer}' has no integer form here",
+                "convert another model",
+            )
         if config.BCdt_norm:
             raise MambaintError("BCdt_norm has no integer form here", "convert another model")
 
@@ -41,7 +46,7 @@ class MambaConversion:
             return value
 
         mixer = layer.mixer
-        assert isinstance(mixer, MambaMixer)
+        assert isinstance(mixer, MambaMixer) and isinstance(layer.norm, RMSNorm)
         c = mixer.config
         normed = record_norm(record, f"{name}.norm", residual, layer.norm.eps)
         u, z = mixer.in_proj(normed * layer.norm.weight).chunk(2, -1)
@@ -66,7 +71,7 @@ class MambaConversion:
     def build(self, p: Pieces, name: str, layer: MambaBlock, residual: str) -> str:
         """See ``BlockConversion``."""
         mixer = layer.mixer
-        assert isinstance(mixer, MambaMixer)
+        assert isinstance(mixer, MambaMixer) and isinstance(layer.norm, RMSNorm)
         b, m = p.graph, mixer.config
         at = f"{name}.{{}}".format
         E = m.d_inner

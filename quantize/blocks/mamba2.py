@@ -12,7 +12,7 @@ from torch import Tensor
 from mamba_int.errors import MambaintError
 from mamba_int.float_models.config import MambaConfig
 from mamba_int.float_models.mamba2 import Mamba2Mixer
-from mamba_int.float_models.models import MambaBlock
+from mamba_int.float_models.models import MambaBlock, RMSNorm
 from mamba_int.float_models.scans import STATE_SPACE_DUALITIES
 from quantize.fits import log_step
 from quantize.observations import Record, record_norm
@@ -29,6 +29,11 @@ class Mamba2Conversion:
 
     def check(self, config: MambaConfig) -> None:
         """See ``BlockConversion``."""
+        if config.norm != "rms":
+            raise MambaintError(
+                f"norm = '{config.norm}' of a '{config.mixer}' has no integer form here",
+                "convert another model",
+            )
         c = config
         if c.n_groups != 1:
             raise MambaintError(f"n_groups = {c.n_groups} has no integer form here", "convert another model")
@@ -43,7 +48,7 @@ class Mamba2Conversion:
             return value
 
         mixer = layer.mixer
-        assert isinstance(mixer, Mamba2Mixer)
+        assert isinstance(mixer, Mamba2Mixer) and isinstance(layer.norm, RMSNorm)
         c = mixer.config
         x = record_norm(record, f"{name}.norm", residual, layer.norm.eps) * layer.norm.weight
         z, xBC, dt = mixer.in_proj(x).split([c.d_inner, mixer.conv_channels, c.n_heads], -1)
@@ -75,7 +80,7 @@ class Mamba2Conversion:
     def build(self, p: Pieces, name: str, layer: MambaBlock, residual: str) -> str:
         """See ``BlockConversion``."""
         mixer = layer.mixer
-        assert isinstance(mixer, Mamba2Mixer)
+        assert isinstance(mixer, Mamba2Mixer) and isinstance(layer.norm, RMSNorm)
         b, c, m = p.graph, p.config, mixer.config
         at = f"{name}.{{}}".format
         E, N, H = m.d_inner, m.d_state, m.n_heads

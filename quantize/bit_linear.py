@@ -1,7 +1,7 @@
 """Ternary matrices as integers: the signs exactly, and their scale as a multiplier of whole numbers.
 
-The activations of eight bits have a scale for every step in the float model. Here it is one power of two, found
-from calibration data, as for all other matrices.
+The activations of eight bits have a scale for every step in the float model. Here it is one power of two,
+found from calibration data, as for all other matrices.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ def bit_shift_norm(p: Pieces, name: str, source: str, norm: BitShiftNorm) -> str
     mean = b.shift(f"{name}_mean", mean, min(fine, b.frac[mean]))
     means = b.add(f"{name}_means", "linear", mean, frac=b.frac[mean], constants=_column(d))
     x = b.shift(f"{name}_fine", source, b.frac[means])
-    centred = b.add(f"{name}_centred_wide", "sub", x, means, frac=b.frac[x])
+    centred = b.add(f"{name}_deviation", "sub", x, means, frac=b.frac[x])
 
     # The variance as a sum of squares of fewer bits.
     room = b.max_bits - 1

@@ -137,9 +137,12 @@ def trace(model: FloatModel, inputs: Tensor, record: Record) -> Tensor:
     else:
         normed, weight = record_norm(record, "final_norm", residual, norm.eps), norm.weight
     if isinstance(model, MambaForSequenceClassification):
+        # The learned weight comes last here: means and powers of two pass through it, and a maximum if it is
+        # positive.
         if c.pooling == "mean":
             normed = normed.mean(1)
-        # The learned weight comes last here: means and powers of two pass through it.
+        elif c.pooling == "max":
+            normed, weight = (normed * weight.sign()).amax(1), weight.abs()
         record("pooled", normed)
         logits: Tensor = model.classifier(normed * weight)
     else:

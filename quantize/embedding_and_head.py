@@ -12,7 +12,7 @@ from quantize.bit_linear import bit_linear
 from quantize.bit_shift_norm import bit_shift_norm
 from quantize.calibration import FloatModel
 from quantize.conversion_config import InputFormat
-from quantize.parameters import array
+from quantize.parameters import array, bias_of
 from quantize.pieces import Pieces
 from quantize.scales import FloatArray, rounded
 
@@ -36,32 +36,38 @@ def embed(p: Pieces, model: FloatModel, input_format: InputFormat | None) -> str
 
 def head(p: Pieces, model: FloatModel, residual: str) -> str:
     """Logits of the residual stream after the last layer."""
-    b, c = p.graph, p.config
-    norm = model.backbone.norm_f
-    classify = isinstance(model, MambaForSequenceClassification)
-    last = classify and model.config.pooling == "last"
-    source = residual
-    if last:
-        source = b.add("last", "reduce", residual, frac=b.frac[residual], kind="last")
-    output = model.classifier if isinstance(model, MambaForSequenceClassification) else model.lm_head
-    weight = array(output.weight)
-    if not classify:
-        weight = weight[: model.config.vocab_size]
-    scales: FloatArray | None = None
-    if isinstance(norm, BitShiftNorm):
-        pooled = bit_shift_norm(p, "final_norm", source, norm)
-    else:
-        weight = weight * array(norm.weight)
-        pooled, scales = p.norm("final_norm", source, norm.eps, weight)
-    if classify and not last:
-        pooled = b.add("pool_sum", "reduce", pooled, frac=b.frac[pooled], kind="sum")
+    b, norm = p.graph, model.backbone.norm_f
+    # The weights of a norm by powers of two are in what it gives.
+    gamma = np.ones(model.config.d_model) if isinstance(norm, BitShiftNorm) else array(norm.weight)
+
+    def normed(source: str, weight: FloatArray) -> tuple[str, FloatArray | None]:
+        if isinstance(norm, BitShiftNorm):
+            return bit_shift_norm(p, "final_norm", source, norm), None
+        return p.norm("final_norm", source, norm.eps, weight)
+
+    if not isinstance(model, MambaForSequenceClassification):
+        gain = model.config.d_model**-0.5 if model.config.scale_logits else 1.0
+        weight = array(model.lm_head.weight)[: model.config.vocab_size] * gamma * gain
+        pooled, scales = normed(residual, weight)
+        if isinstance(model.lm_head, BitLinear):
+            return bit_linear(p, "logits", pooled, model.lm_head, gain, model.config.vocab_size)
+        return p.linear("logits", pooled, weight, bias_of(model.lm_head), scales)
+    pooling, bias = model.config.pooling, bias_of(model.classifier)
+    if pooling == "last":
+        residual = b.add("last", "reduce", residual, frac=b.frac[residual], kind="last")
+    signs = np.where(gamma < 0, -1, 1) if pooling == "max" else np.ones(len(gamma), np.int64)
+    weight = array(model.classifier.weight) * gamma * signs
+    pooled, scales = normed(residual, weight)
+    frac = b.frac[pooled]
+    if pooling == "max":
+        # What is multiplied with less than zero is largest where it is smallest itself.
+        if (signs < 0).any():
+            pooled = b.add("signed", "mul", pooled, frac=frac, constants={"value": signs})
+        pooled = b.add("pool", "reduce", pooled, frac=frac, kind="max")
+    elif pooling == "mean":
+        pooled = b.add("pool_sum", "reduce", pooled, frac=frac, kind="sum")
         # The mean's division is in the weights; eight bits more than a step has are enough.
-        places = max(0, (c.seq_len - 1).bit_length() - 8)
-        pooled = b.shift("pool", pooled, b.frac[pooled] - places)
-        weight = weight / c.seq_len
-    gain = model.config.d_model**-0.5 if model.config.scale_logits and not classify else 1.0
-    if isinstance(output, BitLinear):
-        return bit_linear(p, "logits", pooled, output, gain, model.config.vocab_size)
-    weight = weight * gain
-    bias = None if output.bias is None else array(output.bias)
+        steps = p.config.seq_len
+        pooled = b.shift("pool", pooled, frac - max(0, (steps - 1).bit_length() - 8))
+        weight = weight / steps
     return p.linear("logits", pooled, weight, bias, scales)

@@ -53,7 +53,7 @@ def convert(
     """Calibrate a float model and build its integer graph.
 
     Args:
-        model: Mamba or Mamba-2, a classifier or a language model.
+        model: Mamba, Mamba-2 or Mamba-Integer, a classifier or a language model.
         calibration: sample inputs as the float model takes them: token ids int64 [n, T] or reals
             [n, T, n_features].
         input_format: what the integers of the graph's input stand for; None for token ids.
@@ -104,10 +104,10 @@ def _check_model(model: FloatModel, input_format: InputFormat | None) -> None:
             raise MambaintError(cause, remedy)
 
     remedy = "convert another model"
-    block_conversion(c.mixer).check(c)
+    block_conversion(c.mixer)
     need(
-        not isinstance(model, MambaForSequenceClassification) or c.pooling != "max",
-        "pooling = 'max' has no integer form here",
+        (c.norm == "bit_shift") == c.mixer.startswith("mamba_integer"),
+        f"norm = '{c.norm}' of a '{c.mixer}' has no integer form here",
         remedy,
     )
     need(

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -78,6 +79,15 @@ class Pieces:
         """Channels start to start + width, not included."""
         b = self.graph
         return b.add(name, "slice", source, frac=b.frac[source], start=start, stop=start + width)
+
+    def concat(self, name: str, parts: Sequence[str]) -> str:
+        """Channels of tensors one after the other, all rounded to the places of the coarsest."""
+        b = self.graph
+        if len(parts) == 1:
+            return parts[0]
+        frac = min(b.frac[part] for part in parts)
+        aligned = [b.shift(f"{part}_aligned", part, frac) for part in parts]
+        return b.add(name, "concat", *aligned, frac=frac)
 
     def places(self, observed: Observed, limit: int, channels: FloatArray | None = None) -> int:
         """Binary places of an activation; of its channels times 2^channels, if given."""
@@ -157,20 +167,22 @@ class Pieces:
         total = b.add(f"{name}_lines", "add", total, frac=wide, constants={"value": lines.offset})
         return b.requantize(name, total, frac, limit)
 
-    def norm(self, name: str, source: str, eps: float, weight: FloatArray) -> tuple[str, FloatArray]:
+    def norm(self, name: str, source: str, eps: float, weight: FloatArray | None) -> tuple[str, FloatArray]:
         """x over its root mean square times a scale, and that scale of every channel of the result.
 
         The scale fills the result's bits, which the matrix that reads it undoes. Channels that are small have
-        whole places more.
+        whole places more. Where no matrix follows (``weight`` is None), it is a power of two.
         """
         b, c = self.graph, self.config
         d = b.types[source].shape[-1]
-        gains = equalisation(np.broadcast_to(self.seen[name].channels, d), weight, SPREAD)
+        gains = np.zeros(d, np.int64)
+        if weight is not None:
+            gains = equalisation(np.broadcast_to(self.seen[name].channels, d), weight, SPREAD)
         limit = c.activation_limit
         samples = self.seen[name].sample * np.exp2(gains)
         whole = activation_scale(samples, limit, c.scales, c.percentile)
         places = math.floor(math.log2(whole))
-        scale = whole * 2.0**-places
+        scale = whole * 2.0**-places if weight is not None else 1.0
         product = self.over_root_mean_square(name, source, eps, scale, gains)
         normed = b.requantize(name, product, min(places, b.frac[product]), limit)
         return normed, scale * np.exp2(gains)

@@ -1,8 +1,8 @@
 """The blocks of Mamba-Integer (``mamba_int.float_models.mamba_integer``) as integers.
 
-Ternary matrices are kept exactly, their scales become multipliers of whole numbers. Activations have one power of
-two for all steps, where the float model has a scale for each. The decays of version 1 are the integers of the
-scan, rounded to ``decay_bits``; those of version 2 are tables, as of every exponential.
+Ternary matrices are kept exactly, their scales become multipliers of whole numbers. Activations have one
+power of two for all steps, where the float model has a scale for each. The decays of version 1 are the integers
+of the scan, rounded to ``decay_bits``; those of version 2 are tables, as of every exponential.
 """
 
 from __future__ import annotations
@@ -14,9 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mamba_int.errors import MambaintError
 from mamba_int.float_models.bit_shift_norm import BitShiftNorm
-from mamba_int.float_models.config import MambaConfig
 from mamba_int.float_models.mamba_integer import (
     DECAY_BITS,
     LARGEST_DECAY,
@@ -52,14 +50,6 @@ EXPONENTS = (0.001, 20.0)
 class MambaIntegerConversion(ABC):
     """What the two versions share: norm; in_proj; convolution; scans; gate; out_proj."""
 
-    def check(self, config: MambaConfig) -> None:
-        """See ``BlockConversion``."""
-        if config.norm != "bit_shift":
-            raise MambaintError(
-                f"norm = '{config.norm}' of a '{config.mixer}' has no integer form here",
-                "convert another model",
-            )
-
     def trace(self, record: Record, name: str, layer: MambaBlock, residual: Tensor) -> Tensor:
         """See ``BlockConversion``."""
 
@@ -93,7 +83,7 @@ class MambaIntegerConversion(ABC):
         y = self.build_scans(p, name, mixer, x)
         gated = state_space.gate(p, name, y, p.part(at("z_in"), projected, E, E), m.gate_activation)
         gated = requantized(p, at("gated"), gated, p.config.activation_limit)
-        return bit_linear(p, at("out_proj"), gated, mixer.out_proj, float(mixer.res_gate))
+        return bit_linear(p, at("out_proj"), gated, mixer.out_proj, float(mixer.res_gate.detach()))
 
     @abstractmethod
     def trace_scans(self, record: Record, name: str, mixer: MambaIntegerMixer, values: Tensor) -> None:
@@ -188,12 +178,6 @@ class MambaIntegerV1Conversion(MambaIntegerConversion):
 class MambaIntegerV2Conversion(MambaIntegerConversion):
     """For every head a scan, with B and C divided by their lengths."""
 
-    def check(self, config: MambaConfig) -> None:
-        """See ``BlockConversion``."""
-        super().check(config)
-        if config.d_state % 2:
-            raise MambaintError(f"d_state = {config.d_state} is odd", "give a model whose d_state is even")
-
     def trace_scans(self, record: Record, name: str, mixer: MambaIntegerMixer, values: Tensor) -> None:
         """See the base class."""
         assert isinstance(mixer, MambaIntegerV2Mixer)
@@ -215,7 +199,7 @@ class MambaIntegerV2Conversion(MambaIntegerConversion):
     def build_scans(self, p: Pieces, name: str, mixer: MambaIntegerMixer, x: str) -> str:
         """See the base class."""
         assert isinstance(mixer, MambaIntegerV2Mixer)
-        b, c, m = p.graph, p.config, mixer.config
+        b, m = p.graph, mixer.config
         at = f"{name}.{{}}".format
         H, P, N = m.n_heads, m.headdim, m.d_state
         projected = bit_linear(p, at("x_proj"), x, mixer.x_proj)
@@ -234,16 +218,12 @@ class MambaIntegerV2Conversion(MambaIntegerConversion):
             C = self._unit(p, f"{head}.C", p.part(f"{head}.C_projected", projected, start + N, N))
             values = p.part(f"{head}.x", x, h * P, P)
             step = p.part(f"{head}.log_dt", log_dt, h, 1)
-            operands = (values, B, C, step)
+            operands = (values, state_space.even_state(p, B), state_space.even_state(p, C), step)
             # Vectors of length one have no larger product.
             outputs.append(
                 state_space.scan(p, name, head, operands, rates[h : h + 1], P, 1.0, stepless=EXPONENTS)
             )
-        if H == 1:
-            return outputs[0]
-        frac = min(b.frac[y] for y in outputs)
-        outputs = [b.shift(f"{y}_aligned", y, frac) for y in outputs]
-        return b.add(at("scanned"), "concat", *outputs, frac=frac)
+        return p.concat(at("scanned"), outputs)
 
     @staticmethod
     def _unit(p: Pieces, name: str, source: str) -> str:

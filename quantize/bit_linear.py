@@ -34,11 +34,11 @@ def bit_linear(
         MambaintError: if the budget of bits leaves the scale too few.
     """
     b = p.graph
-    signs, scale = ternary(linear.weight.detach().double())
+    signs, mean = ternary(linear.weight.detach().double())
     product = b.add(
         f"{name}_signs", "linear", source, frac=b.frac[source], constants={"weight": array(signs)[:rows]}
     )
-    scale = float(scale) * gain
+    scale = float(mean) * gain
     if scale == 0:
         return b.add(name, "mul", product, frac=b.frac[product], constants={"value": 0})
     bits = min(b.max_bits - 1 - b.types[product].magnitude.bit_length(), MULTIPLIER_BITS)

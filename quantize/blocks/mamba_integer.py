@@ -1,8 +1,8 @@
 """The blocks of Mamba-Integer (``mamba_int.float_models.mamba_integer``) as integers.
 
 Ternary matrices are kept exactly, their scales become multipliers of whole numbers. Activations have one
-power of two for all steps, where the float model has a scale for each. The decays of version 1 are the integers
-of the scan, rounded to ``decay_bits``; those of version 2 are tables, as of every exponential.
+power of two for all steps, where the float model has a scale for each. The decays of version 1 are the
+integers of the scan, rounded to ``decay_bits``; those of version 2 are tables, as of every exponential.
 """
 
 from __future__ import annotations

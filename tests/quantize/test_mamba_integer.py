@@ -182,7 +182,7 @@ def test_a_scale_without_bits_is_rounded_away() -> None:
 def test_the_circuit_refuses_the_truth_or_accepts_another_token(version: str) -> None:
     torch.manual_seed(0)
     tiny = {"d_model": 4, "d_state": 2, "n_layer": 1, "dt_rank": 2, "headdim": 4, "vocab_size": 5}
-    model = MambaForCausalLM(dataclasses.replace(TINY, mixer=version, **tiny))  # type: ignore[arg-type]
+    model = MambaForCausalLM(dataclasses.replace(TINY, mixer=version, **tiny))
     ids = torch.randint(5, (8, 2))
     config = dataclasses.replace(PROVABLE, pieces=4, decay_index_bits=4)
     graph = convert(model, ids, config=config).graph

@@ -111,7 +111,7 @@ def test_a_form_of_file_is_read_as_another_model(version: str, form: str, tmp_pa
     assert description.format == "mamba-integer"
     # What the version does not have, its files do not tell.
     foreign = {"headdim": TINY.headdim} if version == "mamba_integer_v1" else {"dt_rank": TINY.dt_rank}
-    assert dataclasses.replace(found.config, **foreign) == model.config  # type: ignore[arg-type]
+    assert dataclasses.replace(found.config, **foreign) == model.config
     assert torch.equal(logits(found), logits(model))
     assert "diverge" in " ".join(description.notes)
     assert "older" not in " ".join(description.notes)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from benchmarks.hardware import hardware
+from circuits.lowering import build_circuit
 from circuits.runtime.runner import OnnxRunner
 from mamba_int.datasets import ClassificationData
 from mamba_int.datasets.embedded import load_digits
@@ -29,7 +30,13 @@ from quantize.float_mamba import PROVABLE, ConversionConfig, InputFormat, conver
 RESULT = Path(__file__).parent / "results" / "conversion.json"
 FORMAT = InputFormat(0, 16, 4)
 """Pixels 0..16 as 0..1."""
-MIXERS = ("mamba2", "mamba")
+MIXERS: dict[str, dict[str, Any]] = {
+    "mamba2": {"mixer": "mamba2"},
+    "mamba": {"mixer": "mamba"},
+    # Every entry of the state is a scan of its own: four of them make a circuit of a few seconds.
+    "mamba_d_state_4": {"mixer": "mamba", "d_state": 4},
+}
+"""What each model changes in ``MODEL``."""
 MODEL = MambaConfig(
     n_features=8,
     d_model=32,
@@ -60,7 +67,7 @@ def reals(integers: torch.Tensor) -> torch.Tensor:
 def train(data: ClassificationData, mixer: str, seed: int) -> MambaForSequenceClassification:
     """The float model after a cosine schedule of AdamW."""
     torch.manual_seed(seed)
-    model = MambaForSequenceClassification(dataclasses.replace(MODEL, mixer=mixer)).train()
+    model = MambaForSequenceClassification(dataclasses.replace(MODEL, **MIXERS[mixer])).train()
     optimizer = torch.optim.AdamW(model.parameters(), 4e-3, weight_decay=0.05)
     inputs, labels = reals(data.train_inputs), data.train_labels.long()
     steps = EPOCHS * (len(inputs) // BATCH)
@@ -96,12 +103,17 @@ def measure(model: MambaForSequenceClassification, data: ClassificationData, for
     with torch.no_grad():
         exact = model(reals(data.test_inputs)).logits.numpy()
     found = logits * 2.0 ** -graph.by_name[graph.output].frac
-    return {
+    result: dict[str, Any] = {}
+    if form == "provable":
+        circuit = build_circuit(graph).circuit
+        result = {"rows": circuit.rows, "logrows": circuit.logrows}
+    return result | {
         "accuracy": float((logits.argmax(-1) == labels).mean()),
         "agreement": float((logits.argmax(-1) == exact.argmax(-1)).mean()),
         "logits_sqnr_db": round(float(10 * np.log10(exact.var() / np.square(found - exact).mean())), 2),
         "max_bits": graph.max_bits,
         "nodes": len(graph.nodes),
+        "forms": {name: [fit.pieces, round(fit.error, 4)] for name, fit in conversion.tables.items()},
         "convert_seconds": round(seconds, 2),
         "equality": dataclasses.asdict(equality),
     }

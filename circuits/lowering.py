@@ -148,8 +148,13 @@ def _sum(low: _Lowering, node: Node, tensor: TensorType, sign: int) -> Value:
 def _mul(low: _Lowering, node: Node, tensor: TensorType) -> Value:
     operands, b = low.operands(node), low.cells
     if len(operands) == 1:
-        constant = b.constant(node.constants["value"])
-        return Computed(b, node.name, tensor, lambda: b.mul(operands[0].cells(), constant))
+        factor = np.asarray(node.constants["value"])
+        if factor.size == 1:
+            c = int(factor.ravel()[0])
+            return Combination(
+                b, node.name, tensor, lambda: [(ids, c * own) for ids, own in _terms(operands[0])]
+            )
+        return Computed(b, node.name, tensor, lambda: b.mul(operands[0].cells(), b.constant(factor)))
 
     def accumulate() -> Accumulation:
         x, y = operands[0].cells(), operands[1].cells()

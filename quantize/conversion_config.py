@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from mamba_int.errors import MambaintError
 from quantize.scales import Method, largest_integer
+
+Target = Literal["runtime", "circuit"]
+AUTOMATIC = -1
 
 
 @dataclass(frozen=True)
@@ -39,10 +43,15 @@ class ConversionConfig:
         internal_bits: of what is only multiplied elementwise: inputs of convolutions, y and its gating.
         residual_bits: of the residual stream.
         norm_bits: of a norm's sum of squares once it is bounded, which in a circuit a lookup must hold.
-        index_bits: of the index of an activation. pieces: straight lines that an activation is made of, or 0
-            for a table: in a circuit every element pays for every entry of a table, but once for a line.
-        decay_index_bits: of the indices of step size and decay, always of tables.
+        target: where the model is to be cheap: a runtime gathers from tables, in a circuit every element pays
+            for every entry of a table, and for every line.
+        pieces: straight lines that activations, step sizes, decays and gains are made of, 0 for tables, or
+            ``AUTOMATIC``: the cheapest form at the target that is near enough; see ``quantize.forms``.
+        error_steps: near enough for an activation, in units of its last place beyond the error of a table.
+        step_error: near enough for decay and gain: relative error of the step size they amount to.
+        index_bits: of the index of an activation. decay_index_bits: of the indices of step size and decay.
         decay_bits, A_bits: of a decay and of products of decays; see ``mamba_int.operations.ssd``.
+        M_bits: of the products of decays and C . B, which a circuit looks up.
         scan_bits: of x in the scan. gain_bits: of dt / (1 - a).
         chunk_size: steps of a chunk of the scan.
         max_bits: no intermediate exceeds 2**max_bits; 29 is what ONNX Runtime computes in int32, 24 what
@@ -58,10 +67,14 @@ class ConversionConfig:
     residual_bits: int = 15
     norm_bits: int = 29
     index_bits: int = 10
-    pieces: int = 0
+    target: Target = "runtime"
+    pieces: int = AUTOMATIC
+    error_steps: float = 1.0
+    step_error: float = 0.125
     decay_index_bits: int = 10
     decay_bits: int = 12
     A_bits: int = 16
+    M_bits: int = 24
     scan_bits: int = 10
     gain_bits: int = 9
     chunk_size: int = 16
@@ -77,10 +90,11 @@ class ConversionConfig:
             "residual_bits": (6, 20),
             "norm_bits": (8, 40),
             "index_bits": (4, 10),
-            "pieces": (0, 64),
+            "pieces": (AUTOMATIC, 64),
             "decay_index_bits": (4, 10),
             "decay_bits": (2, 20),
             "A_bits": (self.decay_bits, 24),
+            "M_bits": (4, 24),
             "scan_bits": (3, 16),
             "gain_bits": (3, 16),
             "chunk_size": (1, 256),
@@ -92,6 +106,14 @@ class ConversionConfig:
                 raise MambaintError(f"[conversion] {name} = {value}", f"choose {low} to {high}")
         if self.scales not in ("mse", "percentile", "minmax"):
             raise MambaintError(f"[conversion] scales = {self.scales!r}", "choose mse, percentile or minmax")
+        if self.target not in ("runtime", "circuit"):
+            raise MambaintError(f"[conversion] target = {self.target!r}", "choose runtime or circuit")
+        for name, largest in (("error_steps", 64), ("step_error", 4)):
+            number = getattr(self, name)
+            if not 0 < number <= largest:
+                raise MambaintError(
+                    f"[conversion] {name} = {number}", f"choose more than 0, at most {largest}"
+                )
         if not 0.5 < self.percentile <= 1:
             raise MambaintError(f"[conversion] percentile = {self.percentile}", "choose 0.5 to 1")
 
@@ -112,16 +134,17 @@ class ConversionConfig:
 
 
 PROVABLE = ConversionConfig(
-    internal_bits=10,
+    internal_bits=12,
     residual_bits=12,
     norm_bits=16,
     index_bits=8,
-    pieces=8,
-    decay_index_bits=6,
-    decay_bits=8,
+    target="circuit",
+    decay_index_bits=8,
+    decay_bits=12,
     A_bits=12,
+    M_bits=13,
     scan_bits=8,
-    gain_bits=7,
+    gain_bits=9,
     max_bits=24,
 )
-"""For small circuits: all within 24 bits, activations of straight lines, tables of 64 entries."""
+"""For small circuits: all within 24 bits, curves of straight lines."""

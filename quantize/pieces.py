@@ -2,23 +2,23 @@
 
 - Norms are true root mean squares: squares, a sum, ``isqrt`` and ``div`` once a step; their learned weights
   are in the matrices that follow.
-- Activations are tables of an index that the accumulator is rounded to.
+- Activations are tables, or straight lines, of an index that the accumulator is rounded to.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from mamba_int.errors import MambaintError
 from mamba_int.float_models.config import Activation
 from mamba_int.graph import IntArray
 from quantize.conversion_config import ConversionConfig
-from quantize.fits import ACTIVATIONS, DecayFit, TableFit, fit_piecewise, fit_table
-from quantize.graph_builder import GraphBuilder
+from quantize.fits import ACTIVATIONS, Curve, DecayFit, DecayLines, TableFit, fit_decay
+from quantize.forms import choose_decay_form, choose_form
+from quantize.graph_builder import GraphBuilder, exceeded
 from quantize.observations import Observations, Observed
 from quantize.scales import (
     FloatArray,
@@ -36,6 +36,14 @@ SPREAD = 4
 _LOWEST = {"squareplus": -50.0, "algebraic_sigmoid": -math.inf}
 NORM_ROOM = 2
 """Binary orders of root mean squares beyond those seen, each way, that a norm still takes exactly."""
+
+
+LARGEST_INDEX_BITS = 14
+"""A circuit looks an index up; the table of the smallest that converted models need holds these."""
+MOST_LOST_PLACES = 4
+"""So much coarser than its bits allow may the coarsest row of a matrix become."""
+MERGED_PLACES = 2
+"""So much coarser may a norm's source be in a circuit, where it is its own square's."""
 
 
 def lowest(activation: Activation) -> float:
@@ -110,31 +118,42 @@ class Pieces:
         """weight . x + bias, of int8 rows with a power-of-two scale each, all rows brought to the finest.
 
         ``scales`` says by how much the channels of the source are larger than x.
+
+        Raises:
+            MambaintError: if even rows of a few bits less exceed the budget.
         """
         b, f = self.graph, self.graph.frac[source]
         if scales is not None:
             weight = weight / scales
         limit = largest_integer(self.config.weight_bits)
-        # What the coarsest row may reach, times 2^spread, must stay inside the budget.
-        reach = weight.shape[1] * limit * b.types[source].magnitude
-        spread = min(SPREAD, b.max_bits - 1 - reach.bit_length())
-        if spread < 0:
-            raise MambaintError(
-                f"'{name}' sums {weight.shape[1]} products, beyond {b.max_bits} bits",
-                "lower weight_bits or activation_bits",
-            )
-        places = weight_places(weight, limit, spread)
-        integers = np.clip(rounded(weight, places[:, None].astype(np.float64)), -limit, limit)
-        constants: dict[str, Any] = {"weight": integers}
+        finest = weight_places(weight, limit, SPREAD)
+        offset = np.zeros(len(weight)) if bias is None else bias
+        # In a circuit a weight costs the same whatever its bits, and so spares the factor of its row.
+        folded = self.config.target == "circuit"
+        # Rows so fine that a sum, brought to the finest, might exceed the budget lose places.
+        for lost in range(finest.max() - finest.min() + MOST_LOST_PLACES):
+            places = np.minimum(finest, finest.max() - lost)
+            integers = np.clip(rounded(weight, places[:, None].astype(np.float64)), -limit, limit)
+            constants: dict[str, Any] = {"weight": integers}
+            offsets = rounded(offset, (f + places).astype(np.float64))
+            reach = np.abs(integers).sum(1) * b.types[source].magnitude + np.abs(offsets)
+            raised = places.max() - places
+            # A product with factors is bounded by the largest row and the largest factor.
+            most = int((reach << raised).max() if folded else reach.max() << raised.max())
+            if most < 1 << (b.max_bits - 1):
+                break
+        else:
+            raise exceeded(name, "linear", most, b.max_bits)
         if bias is not None:
-            constants["bias"] = rounded(bias, (f + places).astype(np.float64))
-        finest = int(places.max())
-        if (places == finest).all():
-            return b.add(name, "linear", source, frac=f + finest, constants=constants)
+            constants["bias"] = offsets
+        frac, factors = f + int(places.max()), 1 << raised
+        if folded:
+            constants = {key: (value.T * factors).T for key, value in constants.items()}
+        if folded or not raised.any():
+            return b.add(name, "linear", source, frac=frac, constants=constants)
         # The places of the rows differ: those of the product are nominal until the rows are aligned.
-        b.add(f"{name}_rows", "linear", source, frac=f + finest, constants=constants)
-        factors = 1 << (finest - places)
-        return b.add(name, "mul", f"{name}_rows", frac=f + finest, constants={"value": factors})
+        b.add(f"{name}_rows", "linear", source, frac=frac, constants=constants)
+        return b.add(name, "mul", f"{name}_rows", frac=frac, constants={"value": factors})
 
     def index(self, name: str, source: str, bits: int, low: float) -> str:
         """Round to an index that covers what was seen, and a tenth more, from ``low`` on."""
@@ -149,23 +168,86 @@ class Pieces:
         return b.saturate(name, wide, first, last)
 
     def activation(self, name: str, index: str, kind: str, frac: int, limit: int) -> str:
-        b = self.graph
-        tensor = b.types[index]
-        curve, index_frac = ACTIVATIONS[kind], b.frac[index]
-        if not self.config.pieces:
-            fit = fit_table(curve, tensor.low, tensor.high, index_frac, frac, limit)
+        """An activation of an index: see :meth:`curve`."""
+        return self.curve(name, index, ACTIVATIONS[kind], frac, limit)
+
+    def curve(self, name: str, index: str, curve: Curve, frac: int, limit: int) -> str:
+        """A function of an index, in the form that ``quantize.forms`` chooses.
+
+        Args:
+            index: node of :meth:`index`. frac: places of the result, which saturates at +-limit.
+        """
+        b, tensor, index_frac = self.graph, self.graph.types[index], self.graph.frac[index]
+        fit = choose_form(curve, tensor.low, tensor.high, index_frac, frac, limit, self.config)
+        if isinstance(fit, TableFit):
             self.tables[name] = fit
             return b.add(name, "table", index, frac=frac, constants={"values": fit.values}, low=fit.low)
-        lines = fit_piecewise(curve, tensor.low, tensor.high, index_frac, frac, limit, self.config.pieces)
-        self.tables[name] = lines.table
-        total, wide = "", lines.slope_frac
-        for i, (knot, slope) in enumerate(zip(lines.knots, lines.slopes, strict=True)):
-            above = b.add(f"{name}_from{i}", "sub", index, frac=index_frac, constants={"value": knot})
-            above = b.add(f"{name}_above{i}", "relu", above, frac=index_frac)
-            line = b.add(f"{name}_line{i}", "mul", above, frac=wide, constants={"value": slope})
-            total = b.add(f"{name}_lines{i}", "add", total, line, frac=wide) if total else line
-        total = b.add(f"{name}_lines", "add", total, frac=wide, constants={"value": lines.offset})
+        self.tables[name] = fit.table
+        lines = self.lines(name, self._unclamped(index, fit.reach, fit.slope_frac - frac), fit.knots)
+        total = self.sum_of_lines(name, lines, fit.slopes, fit.offset, fit.slope_frac)
         return b.requantize(name, total, frac, limit)
+
+    def _unclamped(self, index: str, reach: Callable[[int, int], int], places: int) -> str:
+        """What an index is clamped from, where lines of it stay inside the budget: below its range the first
+        line gives the same, and beyond it the last goes on."""
+        b = self.graph
+        (wide,) = b.by_name[index].inputs
+        tensor = b.types[wide]
+        fits = reach(tensor.low, tensor.high) + (1 << places) < 1 << (b.max_bits - 1)
+        return wide if fits and tensor.magnitude < 1 << LARGEST_INDEX_BITS else index
+
+    def lines(self, name: str, index: str, knots: Sequence[int]) -> list[str]:
+        """max(index - knot, 0) for every knot."""
+        b, frac, found = self.graph, self.graph.frac[index], []
+        for i, knot in enumerate(knots):
+            above = b.add(f"{name}_from{i}", "sub", index, frac=frac, constants={"value": knot})
+            found.append(b.add(f"{name}_above{i}", "relu", above, frac=frac))
+        return found
+
+    def sum_of_lines(
+        self, name: str, lines: Sequence[str], slopes: Sequence[int], offset: int, frac: int
+    ) -> str:
+        """offset + sum_i slopes[i] lines[i]."""
+        b, total = self.graph, ""
+        for i, (line, slope) in enumerate(zip(lines, slopes, strict=True)):
+            if slope:
+                scaled = b.add(f"{name}_line{i}", "mul", line, frac=frac, constants={"value": slope})
+                total = b.add(f"{name}_sum{i}", "add", total, scaled, frac=frac) if total else scaled
+        total = total or b.add(f"{name}_line", "mul", lines[0], frac=frac, constants={"value": 0})
+        return b.add(f"{name}_lines", "add", total, frac=frac, constants={"value": offset})
+
+    def decay_and_gain(self, name: str, index: str, stepless: bool = False) -> tuple[str, str]:
+        """The nodes name.decay and name.gain of an index log(step size times -A); see ``quantize.fits``.
+
+        Without a step size they are tables, and the gain has the range of 1 / (1 - a) and more bits for it.
+        """
+        b, c, tensor, frac = self.graph, self.config, self.graph.types[index], self.graph.frac[index]
+        if stepless:
+            ends = tensor.low, tensor.high
+            fit: DecayFit | DecayLines = fit_decay(*ends, frac, c.decay_bits, c.internal_bits, stepless=True)
+        else:
+            fit = choose_decay_form(tensor.low, tensor.high, frac, c)
+        decay, gain = f"{name}.decay", f"{name}.gain"
+        if isinstance(fit, DecayFit):
+            self.decays[decay] = fit
+            constants = ({"values": fit.decay}, {"values": fit.gain})
+            b.add(decay, "table", index, frac=c.decay_bits, constants=constants[0], low=fit.low)
+            b.add(gain, "table", index, frac=fit.gain_frac, constants=constants[1], low=fit.low)
+            return decay, gain
+        self.decays[decay] = fit.fit
+
+        def reach(low: int, high: int) -> int:
+            return max(fit.decay.reach(low, high), fit.gain.reach(low, high))
+
+        places = fit.decay.slope_frac - c.decay_bits
+        lines = self.lines(decay, self._unclamped(index, reach, places), fit.decay.knots)
+        for node, part, fine, most in (
+            (decay, fit.decay, c.decay_bits, (1 << c.decay_bits) - 1),
+            (gain, fit.gain, fit.fit.gain_frac, (1 << c.gain_bits) - 1),
+        ):
+            total = self.sum_of_lines(node, lines, part.slopes, part.offset, part.slope_frac)
+            b.saturate(node, b.shift(f"{node}_wide", total, fine), 0, most)
+        return decay, gain
 
     def norm(self, name: str, source: str, eps: float, weight: FloatArray | None) -> tuple[str, FloatArray]:
         """x over its root mean square times a scale, and that scale of every channel of the result.
@@ -200,6 +282,9 @@ class Pieces:
         seen = self.seen[f"{name}.source"].largest
         # Residuals may double, and what a square loses to saturation falsifies the whole vector.
         square_frac = min(places_for(2 * seen, square_limit), b.frac[source])
+        if c.target == "circuit" and b.frac[source] - square_frac <= MERGED_PLACES:
+            # One rounding and one clamp instead of two.
+            source = b.requantize(f"{name}_source", source, square_frac, square_limit)
         xs = b.requantize(f"{name}_xs", source, square_frac, square_limit)
         squares = b.add(f"{name}_squares", "mul", xs, xs, frac=2 * square_frac)
         offset = max(1, round(eps * d * 4.0**square_frac))

@@ -14,12 +14,15 @@ import torch
 from torch import Tensor
 
 from mamba_int.float_models.config import Activation
-from quantize.fits import Curve, fit_decay, fit_table
+from quantize.fits import Curve
+from quantize.graph_builder import exceeded
 from quantize.observations import Record
 from quantize.pieces import SPREAD, Pieces, lowest
 from quantize.scales import FloatArray, largest_integer, places_for, rounded
 from quantize.scan_fit import ScanShape, fit_scan
 
+LEAST_TAP = 7
+"""The largest tap of a convolution must be at least this: four bits, its sign included."""
 LEAST_DECAY = 2.0**-60
 """Less than this of a state is lost in a step only where nothing enters it either."""
 
@@ -39,6 +42,8 @@ def convolve(
     x = b.requantize(f"{at}_in", source, frac, limit)
     # Taps as fine as the budget of a sum of so many products allows.
     largest = min(limit, ((1 << (b.max_bits - 2)) // limit) // taps.shape[1])
+    if largest < LEAST_TAP:
+        raise exceeded(f"{at}_conv", "conv", LEAST_TAP * limit * taps.shape[1] * 4, b.max_bits)
     tap_frac = places_for(float(np.abs(taps).max()), largest)
     constants = {"taps": rounded(taps, tap_frac), "bias": rounded(bias, frac + tap_frac)}
     linear = b.add(f"{at}_conv", "conv", x, frac=frac + tap_frac, constants=constants)
@@ -54,15 +59,11 @@ def step_size(p: Pieces, layer: str, dt: str, curve: Curve, decay_indices: list[
         dt: the step size before its softplus. curve: see ``quantize.fits.log_step``.
         decay_indices: observations of log(dt |A|) of all scans that take this step size.
     """
-    b, c = p.graph, p.config
-    name = f"{layer}.log_dt"
+    c = p.config
     span = max(p.seen[index].high - p.seen[index].low for index in decay_indices)
     frac = math.floor(math.log2(((1 << c.decay_index_bits) - 2) / max(span + 0.5, 1.0)))
     t = p.index(f"{layer}.step_index", dt, c.decay_index_bits, -math.inf)
-    tensor = b.types[t]
-    fit = fit_table(curve, tensor.low, tensor.high, b.frac[t], frac, 1 << 14)
-    p.tables[name] = fit
-    return b.add(name, "table", t, frac=frac, constants={"values": fit.values}, low=fit.low)
+    return p.curve(f"{layer}.log_dt", t, curve, frac, 1 << 14)
 
 
 def even_state(p: Pieces, source: str) -> str:
@@ -107,15 +108,7 @@ def scan(
         least, most = (round(math.log(end) * 2.0**frac) for end in stepless)
         first, last = max(first, least), min(last, most)
     v = b.saturate(at("log_decay"), v, first, last)
-    tensor = b.types[v]
-    # Without a step size x' = x / (1 - a) has the range of the decays as well.
-    gain_bits, scan_bits = (c.internal_bits,) * 2 if stepless else (c.gain_bits, c.scan_bits)
-    decays = fit_decay(tensor.low, tensor.high, frac, c.decay_bits, gain_bits, stepless is not None)
-    p.decays[at("decay")] = decays
-    n = b.add(at("decay"), "table", v, frac=c.decay_bits, constants={"values": decays.decay}, low=decays.low)
-    gain = b.add(
-        at("gain"), "table", v, frac=decays.gain_frac, constants={"values": decays.gain}, low=decays.low
-    )
+    n, gain = p.decay_and_gain(name, v, stepless is not None)
 
     # x' = x g / |A|, every head times the power of two that brings it near the largest.
     seen = p.seen[at("scan_x")]
@@ -124,14 +117,15 @@ def scan(
     factors = np.exp2(lifts) / (np.ones_like(rates) if stepless else rates)
     width = b.max_bits - 1 - b.types[x].magnitude.bit_length() - b.types[gain].magnitude.bit_length()
     factor_frac = places_for(float(factors.max()), (1 << min(width, 12)) - 1)
-    whole, fine = rounded(factors, factor_frac), decays.gain_frac + factor_frac
+    whole, fine = rounded(factors, factor_frac), b.frac[gain] + factor_frac
     if headdim == 1:
         factor = b.add(at("factor"), "mul", gain, frac=fine, constants={"value": whole})
     else:
         columns = np.kron(np.diag(whole), np.ones((headdim, 1), np.int64))
         factor = b.add(at("factor"), "linear", gain, frac=fine, constants={"weight": columns})
     product = b.add(at("scan_x_product"), "mul", x, factor, frac=b.frac[x] + fine)
-    limit = largest_integer(scan_bits)
+    # Without a step size x' = x / (1 - a) has the range of the decays as well.
+    limit = c.internal_limit if stepless else largest_integer(c.scan_bits)
     lifted = np.repeat(lifts, headdim)
     scan_frac = min(p.places(seen, limit, lifted), b.frac[product])
     scan_x = b.requantize(at("scan_x"), product, scan_frac, limit)
@@ -172,12 +166,13 @@ def convex_scan(
         chunk_size=c.chunk_size,
         decay_bits=b.frac[n],
         A_bits=c.A_bits,
+        M_bits=c.M_bits,
         largest_G=G,
         seq_len=c.seq_len,
         carried=p.carries_state,
         max_bits=b.max_bits,
     )
-    fit = fit_scan(shape)
+    fit = fit_scan(at("ssd"), shape)
     operands = [scan_x, B, C, n, B] if p.carries_state else [scan_x, B, C, n]
     y = b.add(at("ssd"), "ssd", *operands, frac=fit.frac, constants=dict(fit.constants), **fit.attributes)
     # Every head keeps its lift until here; bring all to the largest.
@@ -193,25 +188,31 @@ def convex_scan(
 
 def skip(p: Pieces, layer: str, scanned: str, x: str, D: FloatArray) -> str:
     """C h + D x."""
-    b = p.graph
+    b, c = p.graph, p.config
     frac = places_for(float(np.abs(D).max()), 1 << 10)
     product = b.add(
         f"{layer}.Dx_product", "mul", x, frac=b.frac[x] + frac, constants={"value": rounded(D, frac)}
     )
-    product = b.shift(f"{layer}.Dx", product, b.frac[scanned])
-    return b.add(f"{layer}.y_sum", "add", scanned, product, frac=b.frac[scanned])
+    # Rounded once, after the gate, if the budget holds the finer of the two.
+    fine = max(b.frac[product], b.frac[scanned])
+    reach = sum(b.types[part].magnitude << (fine - b.frac[part]) for part in (scanned, product))
+    frac = fine if reach * c.activation_limit < 1 << (b.max_bits - 1) else b.frac[scanned]
+    scanned = b.shift(f"{layer}.scanned_aligned", scanned, frac)
+    product = b.shift(f"{layer}.Dx", product, frac)
+    return b.add(f"{layer}.y_sum", "add", scanned, product, frac=frac)
 
 
 def gate(p: Pieces, layer: str, y: str, z_in: str, activation: Activation) -> str:
     """y act(z)."""
     b, c = p.graph, p.config
     at = f"{layer}.{{}}".format
-    y_frac = min(p.places(p.seen[at("y")], c.internal_limit), b.frac[y])
-    y = b.requantize(at("y"), y, y_frac, c.internal_limit)
+    if b.types[y].magnitude * c.activation_limit >= 1 << (b.max_bits - 1):
+        y_frac = min(p.places(p.seen[at("y")], c.internal_limit), b.frac[y])
+        y = b.requantize(at("y"), y, y_frac, c.internal_limit)
     z = p.index(at("z"), z_in, c.index_bits, lowest(activation))
     gate_frac = p.places(p.seen[at("gate")], c.activation_limit)
     opened = p.activation(at("gate"), z, activation, gate_frac, c.activation_limit)
-    return b.add(at("gated_product"), "mul", y, opened, frac=y_frac + gate_frac)
+    return b.add(at("gated_product"), "mul", y, opened, frac=b.frac[y] + gate_frac)
 
 
 def record_gain(record: Record, name: str, step: Tensor, rates: Tensor) -> Tensor:

@@ -148,7 +148,7 @@ def _reduce(b: Builder, node: Node, inputs: Sequence[str]) -> str:
     if node.attributes["kind"] == "sum":
         return b.sum(inputs[0], 1, keep=False)
     if node.attributes["kind"] == "max":
-        return b.op("ReduceMax", inputs[0], b.sizes(1), keepdims=0)
+        return b.op("ReduceMax", inputs[0], axes=[1], keepdims=0)
     return b.op("Gather", inputs[0], b.initializer(np.array(-1, np.int64)), axis=1)
 
 

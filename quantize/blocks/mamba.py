@@ -86,6 +86,9 @@ class MambaConversion:
         gains = equalisation(seen.channels, weight, SPREAD)
         if gains.any():
             lifts = {"value": 1 << gains}
+            reach = b.types[gated].magnitude << int(gains.max())
+            excess = max(0, reach.bit_length() - (b.max_bits - 1))
+            gated = b.shift(at("gated_narrow"), gated, b.frac[gated] - excess)
             gated = b.add(at("gated_channels"), "mul", gated, frac=b.frac[gated], constants=lifts)
         limit = p.config.activation_limit
         frac = min(p.places(seen, limit, gains.astype(np.float64)), b.frac[gated])

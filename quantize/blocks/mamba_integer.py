@@ -29,7 +29,7 @@ from mamba_int.float_models.models import MambaBlock
 from quantize import state_space
 from quantize.bit_linear import bit_linear
 from quantize.bit_shift_norm import bit_shift_norm, record_bit_shift_norm
-from quantize.fits import ACTIVATIONS, Curve, fit_table, log_step
+from quantize.fits import ACTIVATIONS, Curve, log_step
 from quantize.observations import Record
 from quantize.parameters import array, conv_parameters
 from quantize.pieces import Pieces
@@ -127,11 +127,8 @@ class MambaIntegerV1Conversion(MambaIntegerConversion):
             start += width
         modulation = bit_linear(p, at("dt_proj"), parts["r"], mixer.dt_proj)
         index = p.index(at("step_index"), modulation, c.index_bits, -MODULATION_LIMIT)
-        tensor = b.types[index]
         dt_frac = p.places(p.seen[at("dt")], c.internal_limit)
-        fit = fit_table(STEP_CURVE, tensor.low, tensor.high, b.frac[index], dt_frac, c.internal_limit)
-        p.tables[at("dt")] = fit
-        dt = b.add(at("dt"), "table", index, frac=dt_frac, constants={"values": fit.values}, low=fit.low)
+        dt = p.curve(at("dt"), index, STEP_CURVE, dt_frac, c.internal_limit)
         product = b.add(at("scan_x_product"), "mul", x, dt, frac=b.frac[x] + dt_frac)
         scan_x = requantized(p, at("scan_x"), product, largest_integer(c.scan_bits))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
 import numpy as np
@@ -114,7 +115,8 @@ def test_the_traced_forward_is_the_models_own(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "config"), [*((name, ConversionConfig()) for name in FORMS), ("last", PROVABLE)]
+    ("name", "config"),
+    [*((name, ConversionConfig()) for name in FORMS), ("last", PROVABLE), ("mamba_last", PROVABLE)],
 )
 def test_backends_compute_the_same_integers_of_a_converted_model(name: str, config: ConversionConfig) -> None:
     conversion, *_, integers = converted(name, config)
@@ -150,12 +152,22 @@ def test_the_provable_bits_hold_24_and_still_follow_the_model() -> None:
     assert noise(*conversion) < 0.1
 
 
-def test_the_circuit_accepts_a_converted_models_witness_and_no_other_class() -> None:
+@pytest.mark.parametrize(
+    ("change", "bits"),
+    [
+        ({}, {"pieces": 0, "index_bits": 4, "decay_index_bits": 4}),
+        ({"n_groups": 2, "d_state": 1, "headdim": 2, "pooling": "max"}, {}),
+        ({"mixer": "mamba", "d_state": 1, "BCdt_norm": True}, {}),
+    ],
+)
+def test_the_circuit_accepts_a_converted_models_witness_and_no_other_class(
+    change: dict[str, Any], bits: dict[str, Any]
+) -> None:
     tiny = {"n_features": 1, "d_model": 4, "headdim": 4, "d_state": 2, "n_layer": 1, "num_labels": 2}
     torch.manual_seed(0)
-    model = MambaForSequenceClassification(MambaConfig(**(SMALL | tiny)))
+    model = MambaForSequenceClassification(MambaConfig(**(SMALL | tiny | change)))
     integers = torch.randint(FORMAT.low, FORMAT.high + 1, (8, 3, 1))
-    config = dataclasses.replace(PROVABLE, pieces=4, decay_index_bits=4)
+    config = dataclasses.replace(PROVABLE, **bits)
     graph = convert(model, integers * 2.0**-FORMAT.frac, FORMAT, config).graph
     lowered = build_circuit(graph)
     truth: dict[str, IntArray] = {}
@@ -190,7 +202,7 @@ def test_extreme_inputs_stay_within_the_proven_intervals() -> None:
 @pytest.mark.parametrize(
     ("change", "cause"),
     [
-        ({"mixer": "complex_mamba"}, "mixer 'complex_mamba'"),
+        ({"mixer": "complex_mamba"}, "the mixer 'complex_mamba' has no integer form"),
     ],
 )
 def test_a_form_without_integers_is_named(change: dict[str, Any], cause: str) -> None:
@@ -227,6 +239,18 @@ def test_weights_that_are_not_finite_are_named() -> None:
         convert(model, reals, FORMAT)
 
 
-def test_a_budget_too_small_names_the_node() -> None:
-    with pytest.raises(MambaintError, match="bits"):
-        converted("last", ConversionConfig(max_bits=16))
+@pytest.mark.parametrize(
+    ("name", "changes", "cause", "remedy"),
+    [
+        ("last", {"max_bits": 16}, "'embed' .linear. outside the layers", "weight_bits or activation_bits"),
+        ("last", {"max_bits": 20, "residual_bits": 12}, "layer 0", "or raise max_bits"),
+        ("mamba_last", {"max_bits": 24, "A_bits": 23}, "'layer0.state0.ssd'", "A_bits"),
+    ],
+)
+def test_a_budget_too_small_names_the_node_its_layer_and_what_to_lower(
+    name: str, changes: dict[str, Any], cause: str, remedy: str
+) -> None:
+    with pytest.raises(MambaintError) as raised:
+        converted(name, ConversionConfig(**changes))
+    assert re.search(cause, raised.value.cause) and remedy in raised.value.remedy
+    assert "\n" not in str(raised.value)

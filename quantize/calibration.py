@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mamba_int.errors import MambaintError
+from mamba_int.float_models.bit_shift_norm import BitShiftNorm
 from mamba_int.float_models.mixer import Mixer
 from mamba_int.float_models.models import (
     MambaBackbone,
@@ -18,6 +19,7 @@ from mamba_int.float_models.models import (
     MambaForFeatureExtraction,
     MambaForSequenceClassification,
 )
+from quantize.bit_shift_norm import record_bit_shift_norm
 from quantize.blocks.entrance import Layer
 from quantize.blocks.registry import block_conversion
 from quantize.observations import Moments, Observations, Observed, Record, record_norm
@@ -161,13 +163,18 @@ def trace(model: Convertible, inputs: Tensor, record: Record) -> Tensor:
         record("residual", residual)
     if isinstance(model, MambaForSequenceClassification) and c.pooling == "last":
         residual = residual[:, -1]
-    normed = record_norm(record, "final_norm", residual, backbone.norm_f.eps)
+    norm = backbone.norm_f
+    weight: Tensor
+    if isinstance(norm, BitShiftNorm):
+        normed = record_bit_shift_norm(record, "final_norm", residual, norm)
+        weight = norm.weight * norm.step_size
+    else:
+        normed, weight = record_norm(record, "final_norm", residual, norm.eps), norm.weight
     if isinstance(model, MambaForFeatureExtraction):
-        hidden = normed * backbone.norm_f.weight
+        hidden = normed * weight
         record("hidden", hidden)
         return hidden
     if isinstance(model, MambaForSequenceClassification):
-        weight: Tensor = backbone.norm_f.weight
         # The learned weight comes last here: means and powers of two pass through it, and a maximum if it is
         # positive.
         if c.pooling == "mean":
@@ -177,6 +184,6 @@ def trace(model: Convertible, inputs: Tensor, record: Record) -> Tensor:
         record("pooled", normed)
         logits: Tensor = model.classifier(normed * weight)
     else:
-        logits = model.logits(normed * backbone.norm_f.weight)
+        logits = model.logits(normed * weight)
     record("logits", logits)
     return logits

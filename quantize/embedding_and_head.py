@@ -5,13 +5,17 @@ from __future__ import annotations
 import numpy as np
 from torch import nn
 
+from mamba_int.float_models.bit_linear import BitLinear
+from mamba_int.float_models.bit_shift_norm import BitShiftNorm
 from mamba_int.float_models.mixer import Mixer
 from mamba_int.float_models.models import MambaForFeatureExtraction, MambaForSequenceClassification
+from quantize.bit_linear import bit_linear
+from quantize.bit_shift_norm import bit_shift_norm
 from quantize.calibration import Convertible, FloatModel
 from quantize.conversion_config import InputFormat
 from quantize.parameters import array, bias_of
 from quantize.pieces import Pieces
-from quantize.scales import rounded
+from quantize.scales import FloatArray, rounded
 
 
 def embed(p: Pieces, model: Convertible, input_format: InputFormat | None) -> str:
@@ -40,22 +44,32 @@ def _real_input(p: Pieces, form: InputFormat, features: int) -> str:
 
 def head(p: Pieces, model: FloatModel, residual: str) -> str:
     """Logits, or hidden states, of the residual stream after the last layer."""
-    b = p.graph
-    gamma, eps = array(model.backbone.norm_f.weight), model.backbone.norm_f.eps
+    b, norm = p.graph, model.backbone.norm_f
+    # The weights of a norm by powers of two are in what it gives.
+    gamma = np.ones(model.config.d_model) if isinstance(norm, BitShiftNorm) else array(norm.weight)
+
+    def normed(source: str, weight: FloatArray) -> tuple[str, FloatArray]:
+        if isinstance(norm, BitShiftNorm):
+            return bit_shift_norm(p, "final_norm", source, norm), np.ones(len(gamma))
+        return p.norm("final_norm", source, norm.eps, weight)
+
     if isinstance(model, MambaForFeatureExtraction):
         weight = np.diag(gamma)
-        normed, scales = p.norm("final_norm", residual, eps, weight)
-        return p.linear("hidden", normed, weight, None, scales)
+        hidden, scales = normed(residual, weight)
+        return p.linear("hidden", hidden, weight, None, scales)
     if not isinstance(model, MambaForSequenceClassification):
-        weight = array(model.lm_head.weight)[: model.config.vocab_size] * gamma
-        normed, scales = p.norm("final_norm", residual, eps, weight)
-        return p.linear("logits", normed, weight, bias_of(model.lm_head), scales, "final_norm")
+        gain = model.config.d_model**-0.5 if model.config.scale_logits else 1.0
+        weight = array(model.lm_head.weight)[: model.config.vocab_size] * gamma * gain
+        pooled, scales = normed(residual, weight)
+        if isinstance(model.lm_head, BitLinear):
+            return bit_linear(p, "logits", pooled, model.lm_head, gain, model.config.vocab_size)
+        return p.linear("logits", pooled, weight, bias_of(model.lm_head), scales, "final_norm")
     pooling, bias = model.config.pooling, bias_of(model.classifier)
     if pooling == "last":
         residual = b.add("last", "reduce", residual, frac=b.frac[residual], kind="last")
     signs = np.where(gamma < 0, -1, 1) if pooling == "max" else np.ones(len(gamma), np.int64)
     weight = array(model.classifier.weight) * gamma * signs
-    pooled, scales = p.norm("final_norm", residual, eps, weight)
+    pooled, scales = normed(residual, weight)
     frac = b.frac[pooled]
     if pooling == "max":
         # What is multiplied with less than zero is largest where it is smallest itself.

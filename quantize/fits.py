@@ -75,12 +75,22 @@ def _gelu(x: FloatArray) -> FloatArray:
     return 0.5 * x * tail
 
 
+def _squareplus(x: FloatArray) -> FloatArray:
+    x = np.clip(x, -50.0, 50.0)
+    root = np.sqrt(x * x + 4)
+    # Below zero the sum would cancel.
+    smooth: FloatArray = np.where(x >= 0, (x + root) / 2, 2 / (root + np.abs(x)))
+    return smooth
+
+
 ACTIVATIONS: dict[str, Curve] = {
     # Zeros of the derivatives.
     "silu": Curve(_silu, (-1.2784645427610738,)),
     "gelu": Curve(_gelu, (-0.7517915246935645,)),
     "relu": Curve(lambda x: np.maximum(x, 0.0)),
     "identity": Curve(lambda x: x),
+    "squareplus": Curve(_squareplus),
+    "algebraic_sigmoid": Curve(lambda x: 0.5 + 0.5 * x / (1 + np.abs(x))),
 }
 """The activations of float models, by their names there."""
 
@@ -311,21 +321,25 @@ class DecayFit:
         return self.low + len(self.decay) - 1
 
 
-def fit_decay(low: int, high: int, index_frac: int, decay_bits: int, gain_bits: int) -> DecayFit:
+def fit_decay(
+    low: int, high: int, index_frac: int, decay_bits: int, gain_bits: int, stepless: bool = False
+) -> DecayFit:
     """The tables of decay and gain.
 
     Args:
         low, high: indices of the first and last entry. index_frac: binary places of v.
         decay_bits: k. gain_bits: bits of the largest gain.
+        stepless: the recurrence is h' = e^-u h + B x, without a step size at x: then g = 1 / (1 - a), and
+            ``step_error`` is that of (1 - n / 2^k) g from one.
     """
     _, middle, _ = _cells(low, high, index_frac)
     one = 1 << decay_bits
     u = np.exp(middle)
     n = np.clip(_round(np.exp(-u) * one), 0, one - 1)
-    exact = u / (1 - n / one)
+    exact = (1.0 if stepless else u) / (1 - n / one)
     gain_frac = _gain_frac(exact, gain_bits)
     gain = _round(exact * 2.0**gain_frac)
-    return _decay_fit(low, index_frac, decay_bits, n, gain, gain_frac)
+    return _decay_fit(low, index_frac, decay_bits, n, gain, gain_frac, stepless=stepless)
 
 
 def _gain_frac(exact: FloatArray, gain_bits: int) -> int:
@@ -333,7 +347,14 @@ def _gain_frac(exact: FloatArray, gain_bits: int) -> int:
 
 
 def _decay_fit(
-    low: int, index_frac: int, decay_bits: int, n: IntArray, gain: IntArray, gain_frac: int, pieces: int = 0
+    low: int,
+    index_frac: int,
+    decay_bits: int,
+    n: IntArray,
+    gain: IntArray,
+    gain_frac: int,
+    pieces: int = 0,
+    stepless: bool = False,
 ) -> DecayFit:
     below, _, above = _cells(low, low + len(n) - 1, index_frac)
     decay = n * 2.0**-decay_bits
@@ -341,7 +362,8 @@ def _decay_fit(
     # Both e^-e^v and e^v are monotone.
     decay_error = float(np.abs(np.exp(-ends) - decay).max())
     entered = (1 - decay) * gain * 2.0**-gain_frac
-    step_error = float((np.abs(entered - ends) / np.maximum(ends, SMALL_STEP)).max())
+    steps = np.ones_like(ends) if stepless else ends
+    step_error = float((np.abs(entered - steps) / np.maximum(steps, SMALL_STEP)).max())
     return DecayFit(low, n, gain, gain_frac, decay_error + ROUNDING, step_error + ROUNDING, pieces)
 
 

@@ -59,8 +59,8 @@ def convert(
     """Calibrate a float model and build its integer graph.
 
     Args:
-        model: Mamba or Mamba-2: a classifier, a language model, or hidden states of all steps; or a mixer
-            alone, which reads and gives vectors of d_model.
+        model: Mamba, Mamba-2 or Mamba-Integer: a classifier, a language model, or hidden states of all steps;
+            or a mixer alone, which reads and gives vectors of d_model.
         calibration: sample inputs as the float model takes them: token ids int64 [n, T] or reals
             [n, T, n_features].
         input_format: what the integers of the graph's input stand for; None for token ids.
@@ -108,7 +108,13 @@ def _check_model(model: Convertible, input_format: InputFormat | None) -> None:
             raise MambaintError(cause, remedy)
 
     remedy = "convert another model"
-    block_conversion(model.config.mixer)
+    c = model.config
+    block_conversion(c.mixer)
+    need(
+        (c.norm == "bit_shift") == c.mixer.startswith("mamba_integer"),
+        f"norm = '{c.norm}' of a '{c.mixer}' has no integer form here",
+        remedy,
+    )
     need(
         bool(input_features(model)) == (input_format is not None),
         "real inputs need an input_format, token ids have none",

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 
 from mamba_int.errors import MambaintError
+from mamba_int.float_models.config import Activation
 from mamba_int.graph import Graph, IntArray
 from quantize.conversion_config import ConversionConfig, WeightForm
 from quantize.counterpart import Counterpart
-from quantize.fits import ACTIVATIONS, Curve, DecayFit, TableFit
+from quantize.fits import ACTIVATIONS, Curve, DecayFit, DecayLines, TableFit, fit_decay
 from quantize.forms import choose_decay_form, choose_form
 from quantize.graph_builder import GraphBuilder, exceeded
 from quantize.matrices import int8_rows, ternary_rows
@@ -34,14 +35,18 @@ from quantize.scales import (
 
 SPREAD = 4
 """Most places between the coarsest and the finest scale of rows, channels or heads."""
-LOWEST = -16.0
-"""What activations make of less is as good as zero."""
+_LOWEST = {"squareplus": -50.0, "algebraic_sigmoid": -math.inf}
 NORM_ROOM = 2
 """Binary orders of root mean squares beyond those seen, each way, that a norm still takes exactly."""
 LARGEST_INDEX_BITS = 14
 """Of an index that lines read without a clamp: a circuit looks it up, and the table of 2^16 rows holds it."""
 MERGED_PLACES = 2
 """So much coarser may a norm's source be in a circuit, where it is its own square's."""
+
+
+def lowest(activation: Activation) -> float:
+    """What the activation makes of less than this is as good as what it makes of this."""
+    return _LOWEST.get(activation, -16.0)
 
 
 class Pieces:
@@ -263,10 +268,17 @@ class Pieces:
         total = total or b.add(f"{name}_line", "mul", lines[0], frac=frac, constants={"value": 0})
         return b.add(f"{name}_lines", "add", total, frac=frac, constants={"value": offset})
 
-    def decay_and_gain(self, name: str, index: str) -> tuple[str, str]:
-        """The nodes name.decay and name.gain of an index log(step size times -A); see ``quantize.fits``."""
+    def decay_and_gain(self, name: str, index: str, stepless: bool = False) -> tuple[str, str]:
+        """The nodes name.decay and name.gain of an index log(step size times -A); see ``quantize.fits``.
+
+        Without a step size they are tables, and the gain has the range of 1 / (1 - a) and more bits for it.
+        """
         b, c, tensor, frac = self.graph, self.config, self.graph.types[index], self.graph.frac[index]
-        fit = choose_decay_form(tensor.low, tensor.high, frac, c)
+        if stepless:
+            ends = tensor.low, tensor.high
+            fit: DecayFit | DecayLines = fit_decay(*ends, frac, c.decay_bits, c.internal_bits, stepless=True)
+        else:
+            fit = choose_decay_form(tensor.low, tensor.high, frac, c)
         decay, gain = f"{name}.decay", f"{name}.gain"
         if isinstance(fit, DecayFit):
             self.decays[decay] = fit
@@ -294,10 +306,30 @@ class Pieces:
     ) -> tuple[str, FloatArray]:
         """x over its root mean square times a scale, and that scale of every channel of the result.
 
+        The scale fills the result's bits, which the matrix that reads it undoes. Channels that are small have
+        whole places more. Where no matrix follows (``weight`` is None), it is a power of two.
+        """
+        b, c = self.graph, self.config
+        d = b.types[source].shape[-1]
+        gains = np.zeros(d, np.int64)
+        if weight is not None:
+            gains = self.gains(np.broadcast_to(self.seen[name].channels, d), weight, form)
+        limit = c.activation_limit
+        samples = self.seen[name].sample * np.exp2(gains)
+        whole = activation_scale(samples, limit, c.scales, c.percentile)
+        places = math.floor(math.log2(whole))
+        scale = whole * 2.0**-places if weight is not None else 1.0
+        product = self.over_root_mean_square(name, source, eps, scale, gains)
+        normed = b.requantize(name, product, min(places, b.frac[product]), limit)
+        scales = scale * np.exp2(gains)
+        self.stands_for(normed, name, scales)
+        return normed, scales
+
+    def over_root_mean_square(self, name: str, source: str, eps: float, scale: float, gains: IntArray) -> str:
+        """x times scale 2^gains over its root mean square.
+
         With S = 2^t (sum xs^2 + d eps), R = isqrt(S) and K = s sqrt(d) 2^(t/2 + kappa): x K / R is
-        2^kappa s x / rms, for any t and kappa that keep R exact and K / R inside the budget, and for any s:
-        the one that fills the result's bits, which the matrix that reads it undoes. Channels that are small
-        have whole places more. Where no matrix follows (``weight`` is None), s is a power of two.
+        2^kappa s x / rms, for any t and kappa that keep R exact and K / R inside the budget, and for any s.
         """
         self.stands_for(source, f"{name}.source")
         b, c = self.graph, self.config
@@ -331,14 +363,6 @@ class Pieces:
         root = b.add(f"{name}_root", "isqrt", scaled, frac=0)
         smallest = b.types[root].low
 
-        gains = np.zeros(d, np.int64)
-        if weight is not None:
-            gains = self.gains(np.broadcast_to(self.seen[name].channels, d), weight, form)
-        limit = c.activation_limit
-        samples = self.seen[name].sample * np.exp2(gains)
-        whole = activation_scale(samples, limit, c.scales, c.percentile)
-        places = math.floor(math.log2(whole))
-        scale = whole * 2.0**-places if weight is not None else 1.0
         inverse_bits = room - int(gains.max()) - b.types[source].magnitude.bit_length()
         largest = min(smallest << inverse_bits, 1 << room)
         unit = scale * math.sqrt(d * 2.0**t)
@@ -355,8 +379,4 @@ class Pieces:
             constants={"weight": (1 << gains)[:, None]},
         )
         frac = b.frac[source] + kappa - square_frac
-        product = b.add(f"{name}_product", "mul", source, spread, frac=frac)
-        scales = scale * np.exp2(gains)
-        normed = b.requantize(name, product, min(places, frac), limit)
-        self.stands_for(normed, name, scales)
-        return normed, scales
+        return b.add(f"{name}_product", "mul", source, spread, frac=frac)

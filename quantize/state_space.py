@@ -17,7 +17,7 @@ from mamba_int.float_models.config import Activation
 from quantize.fits import Curve
 from quantize.graph_builder import exceeded
 from quantize.observations import Record
-from quantize.pieces import LOWEST, SPREAD, Pieces
+from quantize.pieces import SPREAD, Pieces, lowest
 from quantize.scales import FloatArray, largest_integer, places_for, rounded
 from quantize.scan_fit import ScanShape, fit_scan
 
@@ -60,7 +60,7 @@ def convolve(
         tap_frac = min(tap_frac, finest - frac)
     constants = {"taps": rounded(taps, tap_frac), "bias": rounded(bias, frac + tap_frac)}
     linear = b.add(f"{at}_conv", "conv", x, frac=frac + tap_frac, constants=constants)
-    index = p.index(f"{at}_index", linear, c.index_bits, LOWEST)
+    index = p.index(f"{at}_index", linear, c.index_bits, lowest(activation))
     out = p.places(p.seen[at], c.activation_limit)
     return p.activation(at, index, activation, out, c.activation_limit)
 
@@ -98,6 +98,7 @@ def scan(
     rates: FloatArray,
     headdim: int,
     largest_G: float,
+    stepless: tuple[float, float] | None = None,
 ) -> str:
     """C h of every step.
 
@@ -106,6 +107,7 @@ def scan(
         inputs: x, B, C and the logarithm of the step size. rates: -A of every head.
         headdim: channels of a head.
         largest_G: magnitude of C . B that was seen.
+        stepless: the step size decides the decay alone, h' = e^(dt A) h + B x, and dt |A| is within these.
     """
     b, c = p.graph, p.config
     at = f"{name}.{{}}".format
@@ -115,15 +117,18 @@ def scan(
     offset = np.broadcast_to(rounded(np.log(rates), frac), b.types[log_dt].shape[-1:])
     v = b.add(at("log_decay_wide"), "add", log_dt, frac=frac, constants={"value": offset})
     first, last = math.floor((seen.low - 0.2) * 2.0**frac), math.ceil((seen.high + 0.2) * 2.0**frac)
+    if stepless is not None:
+        least, most = (round(math.log(end) * 2.0**frac) for end in stepless)
+        first, last = max(first, least), min(last, most)
     v = b.saturate(at("log_decay"), v, first, last)
     p.stands_for(v, at("decay_index"))
-    n, gain = p.decay_and_gain(name, v)
+    n, gain = p.decay_and_gain(name, v, stepless is not None)
 
     # x' = x g / |A|, every head times the power of two that brings it near the largest.
     seen = p.seen[at("scan_x")]
     heads = np.maximum(seen.channels.reshape(len(rates), -1).max(1), 2.0**-40)
     lifts = np.minimum(np.floor(np.log2(heads.max() / heads)), SPREAD)
-    factors = np.exp2(lifts) / rates
+    factors = np.exp2(lifts) / (np.ones_like(rates) if stepless else rates)
     width = b.max_bits - 1 - b.types[x].magnitude.bit_length() - b.types[gain].magnitude.bit_length()
     factor_frac = places_for(float(factors.max()), (1 << min(width, 12)) - 1)
     whole, fine = rounded(factors, factor_frac), b.frac[gain] + factor_frac
@@ -137,12 +142,36 @@ def scan(
         columns = np.kron(np.eye(len(rates), dtype=np.int64), np.ones((headdim, 1), np.int64))
         factor = b.add(at("factor"), "linear", factor, frac=fine, constants={"weight": columns})
     product = b.add(at("scan_x_product"), "mul", x, factor, frac=b.frac[x] + fine)
-    limit = largest_integer(c.scan_bits)
+    # Without a step size x' = x / (1 - a) has the range of the decays as well.
+    limit = c.internal_limit if stepless else largest_integer(c.scan_bits)
     lifted = np.repeat(lifts, headdim)
     scan_frac = min(p.places(seen, limit, lifted), b.frac[product])
     scan_x = b.requantize(at("scan_x"), product, scan_frac, limit)
     p.stands_for(scan_x, at("scan_x"), np.exp2(lifted))
+    return convex_scan(p, layer, name, (scan_x, B, C, n), lifted, headdim, largest_G)
 
+
+def convex_scan(
+    p: Pieces,
+    layer: str,
+    name: str,
+    inputs: tuple[str, str, str, str],
+    lifted: FloatArray,
+    headdim: int,
+    largest_G: float,
+) -> str:
+    """C h of every step, with h' = a h + (1 - a) B x' and a = n / 2^k.
+
+    Args:
+        layer: whose y says how fine this must be. name: of the scan.
+        inputs: x', B, C and n, of which n has k places.
+        lifted: by how many places each channel of x' is larger, whole numbers.
+        headdim: channels of a head.
+        largest_G: magnitude of C . B that was seen.
+    """
+    b, c = p.graph, p.config
+    at = f"{name}.{{}}".format
+    scan_x, B, C, n = inputs
     G = math.ceil(2 * largest_G * 2.0 ** (b.frac[B] + b.frac[C])) + 1
     shape = ScanShape(
         x=b.types[scan_x],
@@ -154,7 +183,7 @@ def scan(
         C_frac=b.frac[C],
         headdim=headdim,
         chunk_size=c.chunk_size,
-        decay_bits=c.decay_bits,
+        decay_bits=b.frac[n],
         A_bits=c.A_bits,
         M_bits=c.M_bits,
         largest_G=G,
@@ -166,7 +195,7 @@ def scan(
     operands = [scan_x, B, C, n, B] if p.carries_state else [scan_x, B, C, n]
     y = b.add(at("ssd"), "ssd", *operands, frac=fit.frac, constants=dict(fit.constants), **fit.attributes)
     # Every head keeps its lift until here; bring all to the largest.
-    largest = int(lifts.max())
+    largest = int(lifted.max())
     bits, frac = c.internal_bits + largest, p.places(p.seen[f"{layer}.y"], c.internal_limit) + 1
     if c.target == "circuit":
         frac -= max(0, bits - LOOKUP_BITS)
@@ -214,7 +243,7 @@ def gate(p: Pieces, layer: str, y: str, z_in: str, activation: Activation) -> st
         y_frac = min(p.places(p.seen[at("y")], c.internal_limit), b.frac[y])
         y = b.requantize(at("y"), y, y_frac, c.internal_limit)
     p.stands_for(y, at("y"))
-    z = p.index(at("z"), z_in, c.index_bits, LOWEST)
+    z = p.index(at("z"), z_in, c.index_bits, lowest(activation))
     gate_frac = p.places(p.seen[at("gate")], c.activation_limit)
     opened = p.activation(at("gate"), z, activation, gate_frac, c.activation_limit)
     return b.add(at("gated_product"), "mul", y, opened, frac=b.frac[y] + gate_frac)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor, nn
 
+from mamba_int.float_models.bit_shift_norm import BitShiftNorm
 from mamba_int.float_models.mixer import Mixer
 from mamba_int.float_models.models import RMSNorm
 from quantize.conversion_config import WeightForm
@@ -19,18 +20,18 @@ from quantize.scales import FloatArray
 class Layer(NamedTuple):
     """A mixer and the norm before it; ``norm`` is None for a mixer alone."""
 
-    norm: RMSNorm | None
+    norm: RMSNorm | BitShiftNorm | None
     mixer: Mixer
 
     @property
     def norm_weight(self) -> nn.Parameter | None:
-        """What the norm multiplies its channels with, if there is a norm."""
-        return None if self.norm is None else self.norm.weight
+        """What a norm by the root mean square multiplies its channels with."""
+        return self.norm.weight if isinstance(self.norm, RMSNorm) else None
 
 
 def record_entrance(record: Record, name: str, layer: Layer, residual: Tensor) -> Tensor:
     """What the mixer of the layer ``name`` reads of the stream [batch, T, d_model]."""
-    if layer.norm is None:
+    if not isinstance(layer.norm, RMSNorm):
         record(f"{name}.norm", residual)
         return residual
     return record_norm(record, f"{name}.norm", residual, layer.norm.eps) * layer.norm.weight
@@ -50,7 +51,7 @@ def enter(
         larger than what the matrix is to read.
     """
     at = f"{name}.norm"
-    if layer.norm is not None:
+    if isinstance(layer.norm, RMSNorm):
         weight = weight * array(layer.norm.weight)
         normed, scales = p.norm(at, residual, layer.norm.eps, weight, form)
         return normed, weight, scales

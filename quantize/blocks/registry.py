@@ -6,10 +6,13 @@ from mamba_int.errors import MambaintError
 from quantize.blocks.block import BlockConversion
 from quantize.blocks.mamba import MambaConversion
 from quantize.blocks.mamba2 import Mamba2Conversion
+from quantize.blocks.mamba_integer import MambaIntegerV1Conversion, MambaIntegerV2Conversion
 
 BLOCKS: dict[str, BlockConversion] = {
     "mamba": MambaConversion(),
     "mamba2": Mamba2Conversion(),
+    "mamba_integer_v1": MambaIntegerV1Conversion(),
+    "mamba_integer_v2": MambaIntegerV2Conversion(),
 }
 """Conversions by the name of the mixer."""
 

@@ -140,3 +140,9 @@ def test_the_gain_makes_up_for_a_coarse_decay() -> None:
     # u = 2^-7 and 8-bit decays: 1 - a is off by up to a quarter, what enters is not.
     fit = fit_decay(-5 * 64, 0, 6, 8, 10)
     assert fit.step_error < 2.0**-7 + 2.0**-8
+
+
+def test_an_input_without_a_step_size_gets_one() -> None:
+    fit = fit_decay(-40, 20, 3, 12, 14, stepless=True)
+    entered = (1 - fit.decay / 4096) * fit.gain * 2.0**-fit.gain_frac
+    assert np.abs(entered - 1).max() <= fit.step_error < 0.01

@@ -114,6 +114,10 @@ class Pieces:
         b = self.graph
         return b.add(name, "slice", source, frac=b.frac[source], start=start, stop=start + width)
 
+    def zero(self, name: str, source: str) -> str:
+        """Zeros of the shape of ``source``: a clamp, for EZKL leaves out a multiplication by zero."""
+        return self.graph.saturate(name, source, 0, 0)
+
     def concat(self, name: str, parts: Sequence[str]) -> str:
         """Channels of tensors one after the other, all rounded to the places of the coarsest."""
         b = self.graph
@@ -265,7 +269,7 @@ class Pieces:
             if slope:
                 scaled = b.add(f"{name}_line{i}", "mul", line, frac=frac, constants={"value": slope})
                 total = b.add(f"{name}_sum{i}", "add", total, scaled, frac=frac) if total else scaled
-        total = total or b.add(f"{name}_line", "mul", lines[0], frac=frac, constants={"value": 0})
+        total = total or self.zero(f"{name}_none", lines[0])
         return b.add(f"{name}_lines", "add", total, frac=frac, constants={"value": offset})
 
     def decay_and_gain(self, name: str, index: str, stepless: bool = False) -> tuple[str, str]:

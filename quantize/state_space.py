@@ -86,7 +86,7 @@ def even_state(p: Pieces, source: str) -> str:
     if width % 2 == 0:
         return source
     last = p.part(f"{source}_last", source, width - 1, 1)
-    zero = b.add(f"{source}_zero", "mul", last, frac=b.frac[source], constants={"value": 0})
+    zero = p.zero(f"{source}_zero", last)
     return b.add(f"{source}_even", "concat", source, zero, frac=b.frac[source])
 
 

@@ -210,7 +210,7 @@ class Graph:
     def save(self, path: Path) -> None:
         """Write the graph atomically: constants as safetensors, nodes as canonical JSON in its metadata."""
         tensors = {
-            f"{node.name}:{key}": value.astype(_smallest_dtype(value))
+            f"{node.name}:{key}": value.astype(smallest_dtype(value))
             for node in self.nodes
             for key, value in node.constants.items()
         }
@@ -299,7 +299,8 @@ def _malformed(name: str, what: str) -> MambaintError:
     return MambaintError(f"graph node '{name}' {what}", "quantize the checkpoint again")
 
 
-def _smallest_dtype(array: IntArray) -> type[np.signedinteger[Any]]:
+def smallest_dtype(array: IntArray) -> type[np.signedinteger[Any]]:
+    """The narrowest signed type that holds all of an array."""
     for dtype in (np.int8, np.int16, np.int32):
         info = np.iinfo(dtype)
         if array.size == 0 or (array.min() >= info.min and array.max() <= info.max):

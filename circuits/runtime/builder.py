@@ -10,10 +10,14 @@ import onnx
 from numpy.typing import ArrayLike
 from onnx import TensorProto, helper, numpy_helper
 
-from mamba_int.graph import Graph
+from mamba_int.graph import Graph, IntArray, smallest_dtype
 
 INT32_BITS = 29
 """Graphs up to this width run in int32: the offset of the shift needs a bit beside the sign."""
+FLOAT32_BITS = 24
+"""Integers up to 2^24, and so sums that never exceed it, are exact in float32; in float64 up to 2^53."""
+SMALL = 64
+"""Constants of no more elements are stored as they are used."""
 
 
 class Builder:
@@ -37,6 +41,7 @@ class Builder:
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[tuple[str, tuple[int, ...], bytes], onnx.TensorProto] = {}
         self.names: list[str] = []
+        self._casts: dict[tuple[str, int], str] = {}
         self._count = 0
 
     # -- tensors -----------------------------------------------------------------------------------------
@@ -61,6 +66,12 @@ class Builder:
         self.names.append(name)
         return name
 
+    def cast(self, x: str, to: int) -> str:
+        """A tensor in another type; asked for again, it is the same one."""
+        if (x, to) not in self._casts:
+            self._casts[x, to] = self.op("Cast", x, to=to)
+        return self._casts[x, to]
+
     def initializer(self, array: np.ndarray[Any, Any]) -> str:
         """A constant with the dtype it has; equal ones are stored once."""
         key = (array.dtype.str, array.shape, np.ascontiguousarray(array).tobytes())
@@ -69,9 +80,19 @@ class Builder:
         name: str = self.initializers[key].name
         return name
 
+    def narrow(self, values: IntArray) -> str:
+        """Integers in the smallest type that holds them, to be cast by whoever reads them."""
+        return self.initializer(values.astype(smallest_dtype(values)))
+
     def constant(self, values: ArrayLike) -> str:
-        """Integers of the graph, in its dtype."""
-        return self.initializer(np.asarray(values).astype(self.dtype))
+        """Integers of the graph, in its dtype; ONNX Runtime widens large ones once, when it loads them."""
+        integers = np.asarray(values)
+        if (
+            integers.size > SMALL
+            and np.dtype(smallest_dtype(integers)).itemsize < np.dtype(self.dtype).itemsize
+        ):
+            return self.cast(self.narrow(integers), self.onnx_type)
+        return self.initializer(integers.astype(self.dtype))
 
     def sizes(self, *values: int) -> str:
         """A vector of int64, as shapes and axes are given."""
@@ -87,6 +108,17 @@ class Builder:
 
     def mul(self, a: str, b: str) -> str:
         return self.op("Mul", a, b)
+
+    def matmul(self, a: str, b: str, bound: int) -> str:
+        """The product of two matrices of integers, in floats that hold it: those have fast kernels.
+
+        Args:
+            a, b: [..., m, k] and [..., k, n], of any type.
+            bound: proven bound of the sum of the magnitudes of the terms of every element, so that every
+                partial sum is exact, in any order.
+        """
+        real = TensorProto.FLOAT if bound <= 1 << FLOAT32_BITS else TensorProto.DOUBLE
+        return self.op("Cast", self.op("MatMul", self.cast(a, real), self.cast(b, real)), to=self.onnx_type)
 
     def scale(self, x: str, places: int) -> str:
         """x << places, for places >= 0."""

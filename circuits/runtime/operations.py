@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from onnx import TensorProto
 
 from circuits.runtime.builder import Builder
-from circuits.runtime.ssd import ssd
+from circuits.runtime.clock import Clock
+from circuits.runtime.ssd import ssd, ssd_step
 from mamba_int.graph import IntArray, Node
 from mamba_int.operations.choice import Table
 from mamba_int.operations.norm import Norm
 
-INT8_WEIGHT_LIMIT = 64
-"""Largest weight given to MatMulInteger. On x86 without VNNI its kernel adds two products of an activation
-0..255 and a weight in int16 with saturation: 2 * 255 * 64 is the last that fits."""
+PAIR_LIMIT = (1 << 15) - 1
+"""On x86 without VNNI the kernel of MatMulInteger for uint8 activations and int8 weights adds two products in
+int16 with saturation: where two can exceed this, weights are uint8, whose kernels add in int32."""
 
 Lowering = Callable[[Builder, Node, Sequence[str]], str]
 """Appends the nodes of one operation, given the names of its inputs, and returns its result."""
+StepLowering = Callable[[Builder, Node, Sequence[str], Mapping[str, str], Clock], tuple[str, dict[str, str]]]
+"""The same of one step: also given the memory by name and the clock; also returns what changes of it."""
 
 
 def _input(b: Builder, node: Node, inputs: Sequence[str]) -> str:
@@ -26,30 +29,72 @@ def _input(b: Builder, node: Node, inputs: Sequence[str]) -> str:
 
 
 def _embedding(b: Builder, node: Node, inputs: Sequence[str]) -> str:
-    return b.op("Gather", b.constant(node.constants["table"]), inputs[0], axis=0)
+    # Rows are widened when they are read.
+    return b.op("Cast", b.op("Gather", b.narrow(node.constants["table"]), inputs[0], axis=0), to=b.onnx_type)
 
 
 def _linear(b: Builder, node: Node, inputs: Sequence[str]) -> str:
     (x,), source = inputs, b.graph.types[node.inputs[0]]
-    weight: IntArray = node.constants["weight"].T
-    if max(-source.low - 1, source.high) <= 127 and np.abs(weight).max() <= INT8_WEIGHT_LIMIT:
-        narrow = b.op("Cast", x, to=TensorProto.INT8)
-        y = b.op("MatMulInteger", narrow, b.initializer(np.ascontiguousarray(weight.astype(np.int8))))
+    weight: IntArray = node.constants["weight"]
+    outputs, width = weight.shape
+    # Both keep zero, which zero points must name.
+    low, high = min(source.low, 0), max(source.high, 0)
+    if _repeats(weight):
+        factors = b.constant(weight.sum(1).reshape(width, -1))
+        spread = b.mul(b.unsqueeze(x, -1), factors)
+        y = b.reshape(spread, *[0] * len(source.shape), outputs)
+    elif outputs == 1 and (weight == 1).all():
+        y = b.sum(x, -1, keep=True)
+    elif high - low <= 255 and np.abs(weight).max() <= 127:
+        lifted = b.add(x, b.constant(-low)) if low else x
+        operands = [b.op("Cast", lifted, to=TensorProto.UINT8)]
+        zero = b.initializer(np.array(-low, np.uint8))
+        transposed = np.ascontiguousarray(weight.T)
+        if 2 * (high - low) * int(np.abs(weight).max()) <= PAIR_LIMIT:
+            operands += [b.initializer(transposed.astype(np.int8)), zero]
+        else:
+            middle = np.array(128, np.uint8)
+            operands += [b.initializer((transposed + 128).astype(np.uint8)), zero, b.initializer(middle)]
+        y = b.op("MatMulInteger", *operands)
         if b.onnx_type != TensorProto.INT32:
             y = b.op("Cast", y, to=b.onnx_type)
     else:
-        y = b.op("MatMul", x, b.constant(np.ascontiguousarray(weight)))
+        terms = int(np.abs(weight).sum(1).max()) * source.magnitude
+        y = b.matmul(x, b.narrow(np.ascontiguousarray(weight.T)), max(terms, source.magnitude))
     return b.add(y, b.constant(node.constants["bias"])) if "bias" in node.constants else y
+
+
+def _repeats(weight: IntArray) -> bool:
+    """Whether a matrix only multiplies every input by numbers of its own: block-diagonal, blocks one wide."""
+    outputs, width = weight.shape
+    if outputs % width:
+        return False
+    elsewhere = np.repeat(~np.eye(width, dtype=bool), outputs // width, 0)
+    return not weight[elsewhere].any()
 
 
 def _conv(b: Builder, node: Node, inputs: Sequence[str]) -> str:
-    (x,), taps = inputs, node.constants["taps"]
-    width, length = taps.shape[1], b.graph.types[node.inputs[0]].shape[0]
-    padded = b.pad(x, 3, 1, width - 1, 0)
-    y = b.mul(x, b.constant(taps[:, -1]))
+    width, length = node.constants["taps"].shape[1], b.graph.types[node.inputs[0]].shape[0]
+    return _slide(b, node, b.pad(inputs[0], 3, 1, width - 1, 0), length)
+
+
+def _slide(b: Builder, node: Node, x: str, length: int) -> str:
+    """The taps at every place where all of them meet a step of x [batch, length + K - 1, C]."""
+    taps = node.constants["taps"]
+    width = taps.shape[1]
+    places = [b.slice(x, i, i + length, axis=1) if width > 1 else x for i in range(width)]
+    y = b.mul(places[-1], b.constant(taps[:, -1]))
     for i in range(width - 1):
-        y = b.add(y, b.mul(b.slice(padded, i, i + length, axis=1), b.constant(taps[:, i])))
+        y = b.add(y, b.mul(places[i], b.constant(taps[:, i])))
     return b.add(y, b.constant(node.constants["bias"])) if "bias" in node.constants else y
+
+
+def _conv_step(
+    b: Builder, node: Node, inputs: Sequence[str], memory: Mapping[str, str], clock: Clock
+) -> tuple[str, dict[str, str]]:
+    width = node.constants["taps"].shape[1]
+    seen = b.concat([memory["window"], inputs[0]], 1)
+    return _slide(b, node, seen, 1), {"window": b.slice(seen, 1, width, axis=1)}
 
 
 def _binary(kind: str) -> Lowering:
@@ -70,10 +115,11 @@ def _select(b: Builder, node: Node, inputs: Sequence[str]) -> str:
 
 
 def _table(b: Builder, node: Node, inputs: Sequence[str]) -> str:
-    # Entries out of reach may exceed the dtype.
-    x = b.graph.types[node.inputs[0]]
-    index = b.sub(inputs[0], b.constant(x.low)) if x.low else inputs[0]
-    return b.op("Gather", b.constant(Table.within(node, x)), index, axis=0)
+    # Entries out of reach may exceed the dtype. Gather would be five times as slow: it copies slices.
+    (source,), x = inputs, b.graph.types[node.inputs[0]]
+    index = b.reshape(b.sub(source, b.constant(x.low)) if x.low else source, -1)
+    found = b.op("GatherElements", b.constant(Table.within(node, x)), index, axis=0)
+    return b.op("Reshape", found, b.op("Shape", source))
 
 
 def _shift(b: Builder, node: Node, inputs: Sequence[str]) -> str:
@@ -102,11 +148,23 @@ def _norm(b: Builder, node: Node, inputs: Sequence[str]) -> str:
 
 
 def _rotate(b: Builder, node: Node, inputs: Sequence[str]) -> str:
-    (x,), frac = inputs, node.integer("constant_frac")
-    length, state = b.graph.types[node.inputs[0]].shape
+    row = np.arange(b.graph.types[node.inputs[0]].shape[0]) % node.integer("period")
+    return _turn(b, node, inputs[0], {key: b.constant(value[row]) for key, value in node.constants.items()})
+
+
+def _rotate_step(
+    b: Builder, node: Node, inputs: Sequence[str], memory: Mapping[str, str], clock: Clock
+) -> tuple[str, dict[str, str]]:
+    row = b.unsqueeze(clock.within(node.integer("period")), -1)
+    tables = {key: b.constant(value) for key, value in node.constants.items()}
+    constants = {key: b.op("Gather", table, row, axis=0) for key, table in tables.items()}
+    return _turn(b, node, inputs[0], constants), {}
+
+
+def _turn(b: Builder, node: Node, x: str, constants: Mapping[str, str]) -> str:
+    """Rotate x [batch, T, N] by constants [T, N/2] or [batch, T, N/2]."""
+    frac, state = node.integer("constant_frac"), b.graph.types[node.inputs[0]].shape[-1]
     half = state // 2
-    row = np.arange(length) % node.integer("period")
-    constants = {key: b.constant(value[row]) for key, value in node.constants.items()}
     v1, v2 = b.slice(x, 0, half), b.slice(x, half, state)
     if node.attributes["form"] == "table":
         c, s = constants["cos"], constants["sin"]
@@ -169,3 +227,6 @@ LOWERINGS: dict[str, Lowering] = {
     "reduce": _reduce,
 }
 """One lowering for every operation of the integer graph, under its name."""
+
+STEP_LOWERINGS: dict[str, StepLowering] = {"conv": _conv_step, "rotate": _rotate_step, "ssd": ssd_step}
+"""Of the operations whose step is more than a sequence of one."""

@@ -1,0 +1,123 @@
+"""The Mamba-1 block (arXiv 2312.00752) as integers."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mamba_int.errors import MambaintError
+from mamba_int.float_models.config import MambaConfig
+from mamba_int.float_models.mamba import MambaMixer
+from mamba_int.float_models.models import MambaBlock
+from mamba_int.float_models.scans import SELECTIVE_SCANS
+from quantize.fits import log_step
+from quantize.observations import Record, record_norm
+from quantize.parameters import array, bias_of, conv_parameters
+from quantize.pieces import SPREAD, Pieces
+from quantize.scales import equalisation
+from quantize.state_space import convolve, gate, record_gain, scan, skip, step_size
+from triton_kernels.activation import activate
+from triton_kernels.causal_conv1d import causal_conv1d
+
+
+class MambaConversion:
+    """norm; in_proj; convolution; x_proj; for every entry of the state a scan; skip; gate; out_proj.
+
+    The heads of the scans are the channels, each with decays of its own.
+    """
+
+    def check(self, config: MambaConfig) -> None:
+        """See ``BlockConversion``."""
+        if config.BCdt_norm:
+            raise MambaintError("BCdt_norm has no integer form here", "convert another model")
+
+    def trace(self, record: Record, name: str, layer: MambaBlock, residual: Tensor) -> Tensor:
+        """See ``BlockConversion``."""
+
+        def at(part: str, value: Tensor) -> Tensor:
+            record(f"{name}.{part}", value)
+            return value
+
+        mixer = layer.mixer
+        assert isinstance(mixer, MambaMixer)
+        c = mixer.config
+        normed = record_norm(record, f"{name}.norm", residual, layer.norm.eps)
+        u, z = mixer.in_proj(normed * layer.norm.weight).chunk(2, -1)
+        weight = mixer.conv1d.weight[:, 0]
+        index = at("x_index", causal_conv1d(at("x_in", u), weight, mixer.conv1d.bias, "identity"))
+        values = at("x", activate(index, c.activation))
+        parts = mixer.x_proj(values).split([c.rank, c.d_state, c.d_state], -1)
+        dt, B, C = (at(part, value) for part, value in zip(("dt", "B", "C"), parts, strict=True))
+        at("z", z)
+        delta = F.linear(dt, mixer.dt_proj.weight)
+        step = F.softplus(at("step_index", delta + mixer.dt_proj.bias))
+        rates = torch.exp(mixer.A_log)
+        for n in range(c.d_state):
+            at(f"state{n}.scan_x", values * record_gain(record, f"{name}.state{n}", step, rates[:, n]))
+        scanned, _ = SELECTIVE_SCANS[c.scan_type](
+            values, delta, -rates, B, C, mixer.D, None, mixer.dt_proj.bias, True
+        )
+        gated = at("gated", at("y", scanned) * at("gate", activate(z, c.gate_activation)))
+        out: Tensor = mixer.out_proj(gated)
+        return out
+
+    def build(self, p: Pieces, name: str, layer: MambaBlock, residual: str) -> str:
+        """See ``BlockConversion``."""
+        mixer = layer.mixer
+        assert isinstance(mixer, MambaMixer)
+        b, m = p.graph, mixer.config
+        at = f"{name}.{{}}".format
+        E = m.d_inner
+        weight = array(mixer.in_proj.weight) * array(layer.norm.weight)
+        bias = bias_of(mixer.in_proj)
+        normed, scales = p.norm(at("norm"), residual, layer.norm.eps, weight)
+        projected = p.linear(
+            at("in_proj"), normed, weight, np.zeros(len(weight)) if bias is None else bias, scales
+        )
+        source = p.part(at("x_projected"), projected, 0, E)
+        x = convolve(p, at("x"), source, *conv_parameters(mixer.conv1d), m.activation)
+        y = skip(p, name, self._scans(p, name, mixer, x), x, array(mixer.D))
+        gated = gate(p, name, y, p.part(at("z_in"), projected, E, E), m.gate_activation)
+        # Nothing normalizes this: the large channels would leave the others few bits.
+        weight, seen = array(mixer.out_proj.weight), p.seen[at("gated")]
+        gains = equalisation(seen.channels, weight, SPREAD)
+        if gains.any():
+            lifts = {"value": 1 << gains}
+            gated = b.add(at("gated_channels"), "mul", gated, frac=b.frac[gated], constants=lifts)
+        limit = p.config.activation_limit
+        frac = min(p.places(seen, limit, gains.astype(np.float64)), b.frac[gated])
+        v = b.requantize(at("gated"), gated, frac, limit)
+        return p.linear(at("out_proj"), v, weight, bias_of(mixer.out_proj), np.exp2(gains))
+
+    def _scans(self, p: Pieces, name: str, mixer: MambaMixer, x: str) -> str:
+        """S6(x, dt, B, C) without its skip."""
+        b, m, limit = p.graph, mixer.config, p.config.activation_limit
+        at = f"{name}.{{}}".format
+        N = m.d_state
+        low_rank = p.linear(at("x_proj"), x, array(mixer.x_proj.weight), None)
+        parts, start = {}, 0
+        for part, width in (("dt", m.rank), ("B", N), ("C", N)):
+            wide = p.part(at(f"{part}_projected"), low_rank, start, width)
+            frac = min(p.places(p.seen[at(part)], limit), b.frac[wide])
+            parts[part] = b.requantize(at(part), wide, frac, limit)
+            start += width
+        dt = p.linear(at("dt_proj"), parts["dt"], array(mixer.dt_proj.weight), bias_of(mixer.dt_proj))
+        states = [at(f"state{n}") for n in range(N)]
+        log_dt = step_size(p, name, dt, log_step(), [f"{state}.decay_index" for state in states])
+        rates, total = np.exp(array(mixer.A_log)), ""
+        for n, state in enumerate(states):
+            # A state of the operation is made of pairs: this entry and one that stays zero.
+            chosen = np.zeros((2, N), np.int64)
+            chosen[0, n] = 1
+            B, C = (
+                b.add(f"{state}.{part}", "linear", source, frac=b.frac[source], constants={"weight": chosen})
+                for part, source in (("B", parts["B"]), ("C", parts["C"]))
+            )
+            largest_G = float(p.seen[at("B")].channels[n] * p.seen[at("C")].channels[n])
+            y = scan(p, name, state, (x, B, C, log_dt), rates[:, n], 1, largest_G)
+            if total:
+                y = b.shift(f"{state}.aligned", y, b.frac[total])
+            total = b.add(f"{state}.sum", "add", total, y, frac=b.frac[y]) if total else y
+        return total

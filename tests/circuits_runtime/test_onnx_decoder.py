@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,12 @@ from circuits.runtime import OnnxDecoder, OnnxRunner, decoding_onnx, runtime_onn
 from mamba_int.decoder import Decoder
 from mamba_int.decoding_state import DecodingState
 from mamba_int.errors import MambaintError
-from mamba_int.graph import Graph, IntArray, Node
+from mamba_int.graph import Graph, IntArray
 from mamba_int.interpreter import evaluate, evaluate_step
-from quantize.float_mamba import ConversionConfig
-from tests.circuits_runtime.models import features, graph_of, random_graph
+from quantize.float_mamba import PROVABLE, ConversionConfig
+from tests.circuits.conftest import GRAPHS
+from tests.circuits_runtime.models import random_graph
+from tests.mamba_int.graphs import random_batch
 from tests.mamba_int.test_decoder import assert_same_state
 from tests.quantize.test_float_mamba import converted
 
@@ -31,7 +34,7 @@ FORMS: dict[str, dict[str, Any]] = {
 CONVERTED: dict[str, tuple[str, ConversionConfig]] = {
     "mamba2": ("language", ConversionConfig(chunk_size=4)),
     "mamba2_odd": ("language_odd", ConversionConfig(chunk_size=5, pieces=4)),
-    "mamba2_24_bits": ("language", ConversionConfig(chunk_size=8, max_bits=24)),
+    "mamba2_24_bits": ("language", dataclasses.replace(PROVABLE, pieces=0, chunk_size=8)),
     "mamba": ("mamba_language", ConversionConfig(chunk_size=6)),
 }
 
@@ -67,7 +70,7 @@ def test_every_integer_of_every_step_is_the_specifications_and_its_logits_those_
 @pytest.mark.parametrize("name", ["table", "mamba2", "mamba"])
 def test_a_prompt_of_the_torch_decoder_goes_on_here_at_positions_of_its_own(name: str) -> None:
     graph, tokens = language_model(name)
-    lengths = [3, 8, 5]
+    tokens, lengths = tokens[:3], [3, 8, 5]
     torch_decoder = Decoder(graph, 3)
     torch_decoder.prefill([row[:length] for row, length in zip(tokens, lengths, strict=True)])
     decoder = OnnxDecoder(graph, 3)
@@ -79,7 +82,7 @@ def test_a_prompt_of_the_torch_decoder_goes_on_here_at_positions_of_its_own(name
         logits = decoder.step(tokens[range(3), now])
         np.testing.assert_array_equal(logits, whole[range(3), now])
     decoder.reset()
-    np.testing.assert_array_equal(decoder.step(tokens[:3, 0]), whole[:3, 0])
+    np.testing.assert_array_equal(decoder.step(tokens[:, 0]), whole[:, 0])
 
 
 def test_a_classifier_and_a_step_of_another_shape_and_a_foreign_state_are_refused() -> None:
@@ -97,13 +100,19 @@ def test_a_classifier_and_a_step_of_another_shape_and_a_foreign_state_are_refuse
         decoder.restore(DecodingState.of(graph, 3))
 
 
-def test_the_one_chunk_of_a_model_without_a_carried_state_ends() -> None:
-    graph, tokens = random_graph(**(TEXT | {"seq_len": 4}))
-    decoder = OnnxDecoder(graph, len(tokens))
-    for t in range(4):
-        decoder.step(tokens[:, t])
+def test_a_scan_without_state_is_equal_and_ends_with_its_chunk() -> None:
+    graph = next(
+        g
+        for g in (make() for make in GRAPHS.values())
+        if any(n.op == "ssd" and len(n.inputs) == 4 for n in g.nodes)
+    )
+    chunk = next(node for node in graph.nodes if node.op == "ssd").integer("chunk_size")
+    inputs = random_batch(graph, count=2, seq_len=chunk)
+    whole, decoder = evaluate(graph, inputs), OnnxDecoder(graph, len(inputs))
+    for t in range(chunk):
+        np.testing.assert_array_equal(decoder.step(inputs[:, t]), whole[:, t])
     with pytest.raises(MambaintError, match="beyond the one chunk"):
-        decoder.step(tokens[:, 0])
+        decoder.step(inputs[:, 0])
 
 
 def test_no_weight_is_stored_wider_than_it_is_and_bytes_repeat() -> None:
@@ -114,62 +123,3 @@ def test_no_weight_is_stored_wider_than_it_is_and_bytes_repeat() -> None:
         wide = [t for t in model.graph.initializer if t.data_type in (TensorProto.INT32, TensorProto.INT64)]
         assert max(np.prod(t.dims, dtype=int) for t in wide) <= 64
     assert decoding_onnx(graph) == decoding_onnx(graph)
-
-
-def linear(low: int, high: int, weight: IntArray) -> tuple[Graph, list[str]]:
-    graph = graph_of(
-        features(low, high, weight.shape[1]), Node("y", "linear", ("input",), constants={"weight": weight})
-    )
-    return graph, [node.op_type for node in onnx.load_from_string(runtime_onnx(graph)).graph.node]
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "largest", "stored"),
-    [
-        (-127, 127, 64, TensorProto.INT8),
-        (-127, 127, 65, TensorProto.UINT8),
-        (-127, 127, 127, TensorProto.UINT8),
-        (0, 127, 127, TensorProto.INT8),
-        (0, 255, 1, TensorProto.INT8),
-        (-128, 127, 127, TensorProto.UINT8),
-        (-200, 55, 127, TensorProto.UINT8),
-        (3, 100, 127, TensorProto.INT8),
-    ],
-)
-def test_int8_products_that_a_kernel_without_vnni_would_saturate_are_of_uint8(
-    low: int, high: int, largest: int, stored: int
-) -> None:
-    """Every corner of the interval against weights of both signs at their largest, on many terms."""
-    random = np.random.default_rng(0)
-    weight = np.concatenate([np.full((1, 96), largest), random.choice([-largest, largest], (7, 96))])
-    graph, kinds = linear(low, high, weight)
-    assert "MatMulInteger" in kinds
-    (matrix,) = [t for t in onnx.load_from_string(runtime_onnx(graph)).graph.initializer if len(t.dims) == 2]
-    assert matrix.data_type == stored
-    inputs = random.choice([low, high], (64, 1, 96))
-    inputs[0], inputs[1] = low, high
-    np.testing.assert_array_equal(OnnxRunner(graph)(inputs), evaluate(graph, inputs))
-
-
-@pytest.mark.parametrize("bits", [24, 25, 50])
-def test_products_beyond_int8_are_exact_at_the_edge_of_their_float(bits: int) -> None:
-    """2^24 is the last sum that float32 holds; odd sums beyond it must be in float64."""
-    width, weight = 4, (1 << (bits - 10)) - 1
-    rows = np.full((3, width), weight)
-    rows[1:, 0] += 1
-    rows[2] *= -1
-    graph, kinds = linear(-255, 255, rows)
-    assert "MatMulInteger" not in kinds
-    inputs = np.random.default_rng(0).choice([-255, 254, 255], (50, 1, width))
-    np.testing.assert_array_equal(OnnxRunner(graph)(inputs), evaluate(graph, inputs))
-
-
-@pytest.mark.parametrize("shape", [(1, 1), (6, 1), (6, 3), (1, 5)])
-def test_matrices_that_only_scale_or_sum_are_no_products(shape: tuple[int, int]) -> None:
-    outputs, width = shape
-    scaling = np.kron(np.eye(width, dtype=np.int64), np.ones((outputs // width or 1, 1), np.int64))
-    weight = scaling * np.arange(1, len(scaling) + 1)[:, None] * 1001 if outputs > 1 else np.ones(shape, int)
-    graph, kinds = linear(-300, 300, weight.astype(np.int64))
-    assert not {"MatMul", "MatMulInteger"} & set(kinds)
-    inputs = np.random.default_rng(0).integers(-300, 301, (5, 1, width))
-    np.testing.assert_array_equal(OnnxRunner(graph)(inputs), evaluate(graph, inputs))

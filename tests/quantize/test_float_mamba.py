@@ -16,7 +16,7 @@ from mamba_int.float_models.config import MambaConfig
 from mamba_int.float_models.models import MambaForCausalLM, MambaForSequenceClassification
 from mamba_int.graph import IntArray
 from mamba_int.interpreter import evaluate
-from quantize.calibration import FloatModel, trace
+from quantize.calibration import FloatModel, calibrate, trace
 from quantize.equality import compare, torch_tracer
 from quantize.float_mamba import PROVABLE, Conversion, ConversionConfig, InputFormat, convert
 from zk.prove import mock
@@ -222,3 +222,27 @@ def test_weights_that_are_not_finite_are_named() -> None:
 def test_a_budget_too_small_names_the_node() -> None:
     with pytest.raises(MambaintError, match="bits"):
         converted("last", ConversionConfig(max_bits=16))
+
+
+def test_progress_covers_the_calibration_and_every_layer_and_ends_at_the_whole() -> None:
+    model, reals, _ = random_model("language")
+    seen: list[tuple[int, int]] = []
+    convert(model, reals, progress=lambda done, whole: seen.append((done, whole)))
+    done = [step for step, _ in seen]
+    assert {whole for _, whole in seen} == {len(reals) + model.config.n_layer + 2}
+    assert done[-1] == seen[0][1] and done == sorted(set(done))
+    assert set(range(len(reals), done[-1] + 1)) <= set(done)
+
+
+def test_calibration_runs_few_steps_at_a_time_and_sees_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The logits of many long texts over a large vocabulary do not fit the memory."""
+    model, reals, _ = random_model("language")
+    whole = calibrate(model, reals)
+    monkeypatch.setattr("quantize.calibration.BATCH_STEPS", 3 * reals.shape[1] + 1)
+    seen: list[int] = []
+    parts = calibrate(model, reals, lambda done, total: seen.append(done))
+    assert seen == [*range(3, len(reals) + 1, 3)]
+    assert whole.keys() == parts.keys()
+    for name, value in whole.items():
+        assert parts[name].low == pytest.approx(value.low, abs=1e-5)
+        assert parts[name].high == pytest.approx(value.high, abs=1e-5)

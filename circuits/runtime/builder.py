@@ -23,19 +23,22 @@ SMALL = 64
 class Builder:
     """Nodes and constants of one ONNX graph in the making. Tensors are handled by their ONNX names.
 
-    Attributes:
+    Args:
         graph: the integer graph that is being lowered.
+        length: steps of the input.
+
+    Attributes:
+        graph, length: these.
         dtype: of every tensor, int32 where the proven intervals allow it, else int64.
         names: tensors that bear a name of the integer graph, in order.
     """
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, length: int) -> None:
         self.graph = graph
+        self.length = length
         narrow = graph.max_bits <= INT32_BITS
         self.dtype: type[np.signedinteger[Any]] = np.int32 if narrow else np.int64
         self.onnx_type = TensorProto.INT32 if narrow else TensorProto.INT64
-        self._unsigned = TensorProto.UINT32 if narrow else TensorProto.UINT64
-        self._unsigned_dtype: type[np.unsignedinteger[Any]] = np.uint32 if narrow else np.uint64
         # Above every magnitude, and a multiple of every power of two that is shifted by.
         self._offset = 1 << (30 if narrow else 62)
         self.nodes: list[onnx.NodeProto] = []
@@ -69,8 +72,18 @@ class Builder:
     def cast(self, x: str, to: int) -> str:
         """A tensor in another type; asked for again, it is the same one."""
         if (x, to) not in self._casts:
-            self._casts[x, to] = self.op("Cast", x, to=to)
+            self._casts[x, to] = self.has(self.op("Cast", x, to=to), to)
         return self._casts[x, to]
+
+    def has(self, x: str, kind: int) -> str:
+        """Note that a tensor has a type already, and return it."""
+        self._casts[x, kind] = x
+        return x
+
+    @staticmethod
+    def real(bound: int) -> int:
+        """The float type that is exact up to a bound, a type of ``TensorProto``."""
+        return TensorProto.FLOAT if bound <= 1 << FLOAT32_BITS else TensorProto.DOUBLE
 
     def initializer(self, array: np.ndarray[Any, Any]) -> str:
         """A constant with the dtype it has; equal ones are stored once."""
@@ -92,7 +105,7 @@ class Builder:
             and np.dtype(smallest_dtype(integers)).itemsize < np.dtype(self.dtype).itemsize
         ):
             return self.cast(self.narrow(integers), self.onnx_type)
-        return self.initializer(integers.astype(self.dtype))
+        return self.has(self.initializer(integers.astype(self.dtype)), self.onnx_type)
 
     def sizes(self, *values: int) -> str:
         """A vector of int64, as shapes and axes are given."""
@@ -117,26 +130,25 @@ class Builder:
             bound: proven bound of the sum of the magnitudes of the terms of every element, so that every
                 partial sum is exact, in any order.
         """
-        real = TensorProto.FLOAT if bound <= 1 << FLOAT32_BITS else TensorProto.DOUBLE
+        real = self.real(bound)
         return self.op("Cast", self.op("MatMul", self.cast(a, real), self.cast(b, real)), to=self.onnx_type)
 
     def scale(self, x: str, places: int) -> str:
         """x << places, for places >= 0."""
         return self.mul(x, self.constant(1 << places)) if places else x
 
-    def shift(self, x: str, places: int) -> str:
+    def shift(self, x: str, places: int, low: int | None = None) -> str:
         """The rounding shift floor((x + 2^(k-1)) / 2^k); a negative k shifts left.
 
-        ONNX shifts unsigned integers only, so an offset that is a multiple of 2^k makes x positive.
+        Division truncates, so an offset that is a multiple of 2^k makes x positive, if ``low``, a proven
+        bound, does not say that it is. (Shifts are for unsigned integers: two casts more, and no faster.)
         """
         if places <= 0:
             return self.scale(x, -places)
-        lifted = self.add(x, self.constant(self._offset + (1 << (places - 1))))
-        unsigned = self.op("Cast", lifted, to=self._unsigned)
-        by = self.initializer(np.array(places, self._unsigned_dtype))
-        lowered = self.op("BitShift", unsigned, by, direction="RIGHT")
-        signed = self.op("Cast", lowered, to=self.onnx_type)
-        return self.sub(signed, self.constant(self._offset >> places))
+        half = 1 << (places - 1)
+        offset = 0 if low is not None and low + half >= 0 else self._offset
+        lowered = self.op("Div", self.add(x, self.constant(offset + half)), self.constant(1 << places))
+        return self.sub(lowered, self.constant(offset >> places)) if offset else lowered
 
     def clip(self, x: str, low: int, high: int) -> str:
         """min(max(x, low), high)."""

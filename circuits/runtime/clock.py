@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from circuits.runtime.builder import Builder
+from mamba_int.graph import IntArray
 
 
 class Clock:
@@ -19,7 +20,7 @@ class Clock:
         self._b = b
         self._position = position
         self._within: dict[int, str] = {}
-        self._places: dict[int, str] = {}
+        self._places: dict[tuple[int, ...], str] = {}
 
     def within(self, period: int) -> str:
         """position mod period, int64 [batch]."""
@@ -29,12 +30,20 @@ class Clock:
         return self._within[period]
 
     def place(self, period: int) -> str:
-        """1 where position mod period is, else 0: [batch, period]."""
-        if period not in self._places:
+        """1 where position mod period is, else 0: [batch, period, 1]."""
+        return self._one_hot(np.arange(period)[:, None])
+
+    def row(self, period: int) -> str:
+        """The same after a 0: [batch, 1, 1 + period]."""
+        return self._one_hot(np.arange(-1, period)[None])
+
+    def _one_hot(self, offsets: IntArray) -> str:
+        key = offsets.shape
+        if key not in self._places:
             b = self._b
-            offsets = b.initializer(np.arange(period))
-            self._places[period] = b.truth(b.op("Equal", b.unsqueeze(self.within(period), 1), offsets))
-        return self._places[period]
+            here = b.reshape(self.within(int(offsets.max()) + 1), 0, 1, 1)
+            self._places[key] = b.truth(b.op("Equal", here, b.initializer(offsets)))
+        return self._places[key]
 
     def ended(self, period: int) -> str:
         """Whether the last step was the last of its period, bool [batch]."""

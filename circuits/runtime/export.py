@@ -11,9 +11,9 @@ from onnx import TensorProto, helper
 from circuits.runtime.builder import Builder
 from circuits.runtime.clock import Clock
 from circuits.runtime.operations import LOWERINGS, STEP_LOWERINGS
-from circuits.runtime.ssd import ssd_chunk_end
+from circuits.runtime.ssd import ssd_chunk_end, state_types
 from mamba_int.decoding_state import DecodingState
-from mamba_int.graph import Graph, Node
+from mamba_int.graph import Graph, IntArray, Node
 from mamba_int.operations import OPERATIONS
 
 OPSET = 17
@@ -35,7 +35,7 @@ def runtime_onnx(graph: Graph, trace: bool = False) -> bytes:
         graph: the model.
         trace: make every tensor an output.
     """
-    b = Builder(graph)
+    b = Builder(graph, graph.seq_len)
     source = graph.input.name
     tensors = {source: source}
     for node in graph.nodes:
@@ -50,8 +50,9 @@ def runtime_onnx(graph: Graph, trace: bool = False) -> bytes:
 class DecodingOnnx:
     """Two ONNX files that decode token by token, with the memory of ``mamba_int.decoding_state``.
 
-    States go in as ``node:name`` [batch, ...], in the dtype of the graph, and come out as ``next.node:name``
-    where they change; ``position``, int64 [batch], is the number of steps consumed.
+    States go in as ``node:name`` [batch, ...] and come out as ``next.node:name`` where they change. They are
+    integers in the dtype of the graph; x and H of the scans in the float type that their products take.
+    ``position``, int64 [batch], is the number of steps consumed.
 
     Attributes:
         step: the next token of every sequence, [batch, 1, ...], ``position`` and all states; gives the logits
@@ -78,63 +79,59 @@ def decoding_onnx(graph: Graph, trace: bool = False) -> DecodingOnnx:
     Raises:
         MambaintError: for a graph that is not causal.
     """
-    states = {
-        node: {name: value.shape for name, value in memory.items()}
-        for node, memory in DecodingState.of(graph, 1).initial.items()
-    }
-    chunks = {
-        node.name: size for node in graph.nodes if (size := OPERATIONS[node.op].chunk(node)) is not None
-    }
-    ended = [node for node in graph.nodes if node.name in chunks]
-    chunk_end = _chunk_end(graph, ended, chunks, states) if ended else None
-    return DecodingOnnx(_step(graph, states, trace), chunk_end, tuple(sorted(set(chunks.values()))))
+    sizes = {node.name: OPERATIONS[node.op].chunk(node) for node in graph.nodes}
+    chunks = {name: size for name, size in sizes.items() if size is not None}
+    chunk_end = _chunk_end(graph, chunks) if chunks else None
+    return DecodingOnnx(_step(graph, trace), chunk_end, tuple(sorted(set(chunks.values()))))
 
 
-States = Mapping[str, Mapping[str, tuple[int, ...]]]
-"""Shapes of the memory of one sequence: node -> name -> shape."""
-
-
-def _step(graph: Graph, states: States, trace: bool) -> bytes:
-    b = Builder(graph)
+def _step(graph: Graph, trace: bool) -> bytes:
+    b = Builder(graph, 1)
+    initial = DecodingState.of(graph, 1).initial
     clock, source = Clock(b, POSITION), graph.input.name
-    tensors, changed = {source: source}, {}
+    tensors = {source: source}
+    states: list[onnx.ValueInfoProto] = []
+    after: list[onnx.ValueInfoProto] = []
     for node in graph.nodes:
         if node.name == source:
             continue
         operands = [tensors[name] for name in node.inputs]
         if node.op in STEP_LOWERINGS:
-            memory = {name: f"{node.name}:{name}" for name in states.get(node.name, ())}
-            result, after = STEP_LOWERINGS[node.op](b, node, operands, memory, clock)
-            changed |= {memory[name]: value for name, value in after.items()}
+            held = initial.get(node.name, {})
+            memory = {name: f"{node.name}:{name}" for name in held}
+            result, changed = STEP_LOWERINGS[node.op](b, node, operands, memory, clock)
+            states += _described_states(b, node, held)
+            after += _described_states(b, node, {name: held[name] for name in changed}, NEXT)
+            for name, value in changed.items():
+                b.nodes.append(helper.make_node("Identity", [value], [f"{NEXT}{memory[name]}"]))
         else:
             result = LOWERINGS[node.op](b, node, operands)
         tensors[node.name] = b.call(result, node.name)
     shapes = {name: (1, *tensor.shape[1:]) for name, tensor in graph.types.items()}
-    inputs = [_described(b, source, shapes[source]), _positions(), *_described_states(b, states)]
-    outputs = _outputs(b, shapes, trace)
-    for state, value in changed.items():
-        b.nodes.append(helper.make_node("Identity", [value], [f"{NEXT}{state}"]))
-    kept = {
-        node: {name: s for name, s in m.items() if f"{node}:{name}" in changed} for node, m in states.items()
-    }
-    return _serialised(b, inputs, [*outputs, *_described_states(b, kept, NEXT)])
+    inputs = [_described(b, source, shapes[source]), _positions(), *states]
+    return _serialised(b, inputs, [*_outputs(b, shapes, trace), *after])
 
 
-def _chunk_end(graph: Graph, nodes: Sequence[Node], chunks: Mapping[str, int], states: States) -> bytes:
-    b = Builder(graph)
-    clock = Clock(b, POSITION)
+def _chunk_end(graph: Graph, chunks: Mapping[str, int]) -> bytes:
+    b = Builder(graph, 1)
     initial = DecodingState.of(graph, 1).initial
-    for node in nodes:
-        memory = {name: f"{node.name}:{name}" for name in states[node.name]}
-        after = {name: b.constant(initial[node.name][name]) for name in memory if name != "H"}
-        after["H"] = ssd_chunk_end(b, node, memory)
-        for name, state in memory.items():
-            rank = len(states[node.name][name])
-            ended = b.reshape(clock.ended(chunks[node.name]), 0, *[1] * rank)
-            b.nodes.append(helper.make_node("Where", [ended, after[name], state], [f"{NEXT}{state}"]))
-    held = {node.name: states[node.name] for node in nodes}
-    inputs = [_positions(), *_described_states(b, held)]
-    return _serialised(b, inputs, _described_states(b, held, NEXT))
+    clock = Clock(b, POSITION)
+    states: list[onnx.ValueInfoProto] = []
+    after: list[onnx.ValueInfoProto] = []
+    for name, size in chunks.items():
+        node, held = graph.by_name[name], initial[name]
+        memory = {key: f"{name}:{key}" for key in held}
+        kinds = state_types(b, node)
+        for key, state in memory.items():
+            if key == "H":
+                value = ssd_chunk_end(b, node, memory)
+            else:
+                value = b.cast(b.constant(held[key]), kinds.get(key, b.onnx_type))
+            ended = b.reshape(clock.ended(size), 0, *[1] * held[key].ndim)
+            b.nodes.append(helper.make_node("Where", [ended, value, state], [f"{NEXT}{state}"]))
+        states += _described_states(b, node, held)
+        after += _described_states(b, node, held, NEXT)
+    return _serialised(b, [_positions(), *states], after)
 
 
 def _described(b: Builder, name: str, shape: Sequence[int] | None) -> onnx.ValueInfoProto:
@@ -146,11 +143,16 @@ def _positions() -> onnx.ValueInfoProto:
     return helper.make_tensor_value_info(POSITION, TensorProto.INT64, ["batch"])
 
 
-def _described_states(b: Builder, states: States, prefix: str = "") -> list[onnx.ValueInfoProto]:
+def _described_states(
+    b: Builder, node: Node, memory: Mapping[str, IntArray], prefix: str = ""
+) -> list[onnx.ValueInfoProto]:
+    """Of what a node remembers of one sequence."""
+    kinds = state_types(b, node) if node.op == "ssd" else {}
     return [
-        _described(b, f"{prefix}{node}:{name}", shape)
-        for node, memory in states.items()
-        for name, shape in memory.items()
+        helper.make_tensor_value_info(
+            f"{prefix}{node.name}:{name}", kinds.get(name, b.onnx_type), ["batch", *value.shape]
+        )
+        for name, value in memory.items()
     ]
 
 

@@ -39,7 +39,9 @@ def _linear(b: Builder, node: Node, inputs: Sequence[str]) -> str:
     outputs, width = weight.shape
     # Both keep zero, which zero points must name.
     low, high = min(source.low, 0), max(source.high, 0)
-    if _repeats(weight):
+    if width == 1:
+        y = b.mul(x, b.constant(weight[:, 0]))
+    elif _repeats(weight):
         factors = b.constant(weight.sum(1).reshape(width, -1))
         spread = b.mul(b.unsqueeze(x, -1), factors)
         y = b.reshape(spread, *[0] * len(source.shape), outputs)
@@ -74,18 +76,12 @@ def _repeats(weight: IntArray) -> bool:
 
 
 def _conv(b: Builder, node: Node, inputs: Sequence[str]) -> str:
-    width, length = node.constants["taps"].shape[1], b.graph.types[node.inputs[0]].shape[0]
-    return _slide(b, node, b.pad(inputs[0], 3, 1, width - 1, 0), length)
-
-
-def _slide(b: Builder, node: Node, x: str, length: int) -> str:
-    """The taps at every place where all of them meet a step of x [batch, length + K - 1, C]."""
-    taps = node.constants["taps"]
+    (x,), taps = inputs, node.constants["taps"]
     width = taps.shape[1]
-    places = [b.slice(x, i, i + length, axis=1) if width > 1 else x for i in range(width)]
-    y = b.mul(places[-1], b.constant(taps[:, -1]))
+    padded = b.pad(x, 3, 1, width - 1, 0)
+    y = b.mul(x, b.constant(taps[:, -1]))
     for i in range(width - 1):
-        y = b.add(y, b.mul(places[i], b.constant(taps[:, i])))
+        y = b.add(y, b.mul(b.slice(padded, i, i + b.length, axis=1), b.constant(taps[:, i])))
     return b.add(y, b.constant(node.constants["bias"])) if "bias" in node.constants else y
 
 
@@ -93,8 +89,10 @@ def _conv_step(
     b: Builder, node: Node, inputs: Sequence[str], memory: Mapping[str, str], clock: Clock
 ) -> tuple[str, dict[str, str]]:
     width = node.constants["taps"].shape[1]
-    seen = b.concat([memory["window"], inputs[0]], 1)
-    return _slide(b, node, seen, 1), {"window": b.slice(seen, 1, width, axis=1)}
+    seen = b.concat([memory["window"], inputs[0]], 1) if width > 1 else inputs[0]
+    y = b.sum(b.mul(seen, b.constant(node.constants["taps"].T)), 1, keep=True)
+    y = b.add(y, b.constant(node.constants["bias"])) if "bias" in node.constants else y
+    return y, {"window": b.slice(seen, 1, width, axis=1) if width > 1 else memory["window"]}
 
 
 def _binary(kind: str) -> Lowering:
@@ -115,15 +113,23 @@ def _select(b: Builder, node: Node, inputs: Sequence[str]) -> str:
 
 
 def _table(b: Builder, node: Node, inputs: Sequence[str]) -> str:
-    # Entries out of reach may exceed the dtype. Gather would be five times as slow: it copies slices.
+    # Entries out of reach may exceed the dtype.
     (source,), x = inputs, b.graph.types[node.inputs[0]]
-    index = b.reshape(b.sub(source, b.constant(x.low)) if x.low else source, -1)
-    found = b.op("GatherElements", b.constant(Table.within(node, x)), index, axis=0)
+    entries = Table.within(node, x)
+    if x.low <= 0 <= x.high:
+        # Negative indices count from the end.
+        index, entries = source, np.roll(entries, x.low)
+    else:
+        index = b.sub(source, b.constant(x.low))
+    if b.length == 1:
+        return b.op("Gather", b.constant(entries), index, axis=0)
+    # Five times as fast for many elements: Gather copies slices.
+    found = b.op("GatherElements", b.constant(entries), b.reshape(index, -1), axis=0)
     return b.op("Reshape", found, b.op("Shape", source))
 
 
 def _shift(b: Builder, node: Node, inputs: Sequence[str]) -> str:
-    return b.shift(inputs[0], node.integer("places"))
+    return b.shift(inputs[0], node.integer("places"), b.graph.types[node.inputs[0]].low)
 
 
 def _clamp(b: Builder, node: Node, inputs: Sequence[str]) -> str:
@@ -148,7 +154,7 @@ def _norm(b: Builder, node: Node, inputs: Sequence[str]) -> str:
 
 
 def _rotate(b: Builder, node: Node, inputs: Sequence[str]) -> str:
-    row = np.arange(b.graph.types[node.inputs[0]].shape[0]) % node.integer("period")
+    row = np.arange(b.length) % node.integer("period")
     return _turn(b, node, inputs[0], {key: b.constant(value[row]) for key, value in node.constants.items()})
 
 
@@ -179,19 +185,16 @@ def _turn(b: Builder, node: Node, x: str, constants: Mapping[str, str]) -> str:
 
 
 def _isqrt(b: Builder, node: Node, inputs: Sequence[str]) -> str:
-    # The float root is off by at most one below 2^50; one step each way makes it exact.
-    (x,), one = inputs, b.constant(1)
-    real = b.op("Sqrt", b.op("Cast", x, to=TensorProto.DOUBLE))
-    root = b.op("Cast", real, to=b.onnx_type)
-    root = b.sub(root, b.truth(b.op("Greater", b.mul(root, root), x)))
-    above = b.add(root, one)
-    return b.add(root, b.truth(b.op("LessOrEqual", b.mul(above, above), x)))
+    # The float64 root of an integer below 2^50 never rounds up across an integer, and a cast truncates.
+    return b.op("Cast", b.op("Sqrt", b.op("Cast", inputs[0], to=TensorProto.DOUBLE)), to=b.onnx_type)
 
 
 def _div(b: Builder, node: Node, inputs: Sequence[str]) -> str:
-    # Div truncates; Mod takes the sign of the divisor, so what is left divides exactly.
     x, d = inputs
-    return b.op("Div", b.sub(x, b.op("Mod", x, d)), d)
+    if b.graph.types[node.inputs[0]].low < 0:
+        # Div truncates; Mod takes the sign of the divisor, so what is left divides exactly.
+        x = b.sub(x, b.op("Mod", x, d))
+    return b.op("Div", x, d)
 
 
 def _slice(b: Builder, node: Node, inputs: Sequence[str]) -> str:

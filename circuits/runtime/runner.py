@@ -107,7 +107,8 @@ class OnnxDecoder:
             for name, value in memory.items()
         }
         changing = {output.name.removeprefix(NEXT) for output in self._step.get_outputs()[1:]}
-        here = {name: value.astype(self._dtype) for name, value in states.items()}
+        kinds = {source.name: _dtype(source) for source in self._step.get_inputs()}
+        here = {name: value.astype(kinds[name]) for name, value in states.items()}
         there = {name: value.copy() if name in changing else value for name, value in here.items()}
         self._sets, self._turn = (here, there), 0
         self._bindings = tuple(
@@ -232,8 +233,14 @@ def session(content: bytes, threads: int = 1) -> Any:
         ) from error
 
 
-def _dtype(source: Any) -> type[np.signedinteger[Any]]:
-    return np.int32 if source.type == "tensor(int32)" else np.int64
+def _dtype(source: Any) -> type[np.number[Any]]:
+    kinds: dict[str, type[np.number[Any]]] = {
+        "tensor(int32)": np.int32,
+        "tensor(int64)": np.int64,
+        "tensor(float)": np.float32,
+        "tensor(double)": np.float64,
+    }
+    return kinds[source.type]
 
 
 def _first_line(error: Exception) -> str:

@@ -85,7 +85,8 @@ def ssd(b: Builder, node: Node, inputs: Sequence[str]) -> str:
 
 def _decay(b: Builder, node: Node, A: str, n: str) -> str:
     """The entries of A[t-1, .] decayed by n_t."""
-    return b.shift(b.mul(A, n), node.integer("decay_bits"))
+    # Neither is ever negative.
+    return b.shift(b.mul(A, n), node.integer("decay_bits"), 0)
 
 
 def _entering(b: Builder, node: Node, n: str) -> str:
@@ -129,10 +130,11 @@ def _boundary(b: Builder, node: Node, last: str, X: str, Bn: str, axes: int) -> 
     weights = b.transpose(b.slice(last, 1, Q + 1), *swapped)
     beta = b.call(b.shift(b.mul(weights, Bn), node.integer("beta_shift")), f"{name}.beta")
     bound = _Bounds.of(b, node).inflow
-    inflow = b.scale(b.matmul(b.transpose(X, *swapped), beta, bound), node.integer("H_align"))
+    turned = b.transpose(b.cast(X, b.real(bound)), *swapped)
+    inflow = b.scale(b.matmul(b.has(turned, b.real(bound)), beta, bound), node.integer("H_align"))
     across = b.slice(last, 0, 1)
-    turned = (b.mul(across, b.constant(node.constants[key])) for key in ("cos_Q", "sin_Q"))
-    kappa, sigma = (b.shift(value, node.integer("rotation_frac")) for value in turned)
+    products = (b.mul(across, b.constant(node.constants[key])) for key in ("cos_Q", "sin_Q"))
+    kappa, sigma = (b.shift(value, node.integer("rotation_frac")) for value in products)
     return kappa, sigma, inflow
 
 
@@ -187,6 +189,12 @@ def _carry(
 # -- one step at a time -----------------------------------------------------------------------------------
 
 
+def state_types(b: Builder, node: Node) -> dict[str, int]:
+    """What of the memory is held in floats, those of the products that read it at every step."""
+    bounds = _Bounds.of(b, node)
+    return {"x": b.real(bounds.y), "H": b.real(bounds.u)}
+
+
 def ssd_step(
     b: Builder, node: Node, inputs: Sequence[str], memory: Mapping[str, str], clock: Clock
 ) -> tuple[str, dict[str, str]]:
@@ -205,37 +213,39 @@ def ssd_step(
         y [batch, 1, H P], and what of the memory changes.
     """
     types = [b.graph.types[name] for name in node.inputs]
-    bounds = _Bounds.of(b, node)
+    bounds, held = _Bounds.of(b, node), state_types(b, node)
     heads, P, state = types[3].shape[-1], node.integer("headdim"), types[1].shape[-1]
     Q = node.integer("chunk_size")
     X, n = b.reshape(inputs[0], 0, heads, 1, P), b.reshape(inputs[3], 0, heads, 1)
     C = b.reshape(inputs[2], 0, state, 1)
-    offset = clock.place(Q)
-    place, row = b.unsqueeze(offset, -1), b.unsqueeze(b.pad(offset, 2, 1, 1, 0), 1)
+    place, row = clock.place(Q), clock.row(Q)
 
-    entered = b.mul(row, _entering(b, node, n))
-    A = b.call(b.add(_decay(b, node, memory["A"], n), entered), f"{node.name}.A")
-    x = b.add(memory["x"], b.mul(b.unsqueeze(place, 1), X))
+    A = b.add(_decay(b, node, memory["A"], n), b.mul(row, _entering(b, node, n)))
+    A = b.call(A, f"{node.name}.A")
+    entering = b.mul(b.unsqueeze(b.cast(place, held["x"]), 1), b.cast(X, held["x"]))
+    x = b.has(b.add(b.has(memory["x"], held["x"]), entering), held["x"])
     B = b.add(memory["B_hat"], b.mul(place, inputs[1]))
-    G = b.reshape(b.matmul(B, C, bounds.G), 0, 1, Q)
-    G = _G(b, node, G)
+    G = _G(b, node, b.reshape(b.matmul(B, C, bounds.G), 0, 1, Q))
     b.call(b.reshape(G, 0, Q), f"{node.name}.G")
     M = b.call(b.shift(b.mul(b.slice(A, 1, Q + 1), G), node.integer("M_shift")), f"{node.name}.M")
     y = b.reshape(_inside(b, node, b.unsqueeze(M, 2), x, X, bounds.y), 0, heads, P)
     changed = {"A": A, "x": x, "B_hat": B}
     if "H" in memory:
-        changed["B_next"] = b.add(memory["B_next"], b.mul(place, inputs[4]))
-        u = b.matmul(memory["H"], b.unsqueeze(C, 1), bounds.u)
+        same = node.inputs[4] == node.inputs[1]
+        changed["B_next"] = B if same else b.add(memory["B_next"], b.mul(place, inputs[4]))
+        u = b.matmul(b.has(memory["H"], held["H"]), b.unsqueeze(C, 1), bounds.u)
         u = b.shift(b.reshape(u, 0, heads, P), node.integer("u_shift"))
         u = b.call(u, f"{node.name}.u")
-        A_u = b.shift(b.slice(A, 0, 1), node.integer("A_bits") - node.integer("A_u_bits"))
+        A_u = b.shift(b.slice(A, 0, 1), node.integer("A_bits") - node.integer("A_u_bits"), 0)
         b.call(b.op("Squeeze", A_u, b.sizes(2)), f"{node.name}.A_u")
         y = b.add(y, b.scale(b.mul(A_u, u), node.integer("u_align")))
     return b.reshape(y, 0, 1, heads * P), changed
 
 
 def ssd_chunk_end(b: Builder, node: Node, memory: Mapping[str, str]) -> str:
-    """H' [batch, H, P, N] after a full chunk, from the memory of :func:`ssd_step`."""
+    """H' [batch, H, P, N] after a full chunk, from the memory of :func:`ssd_step` and in its type."""
+    held = state_types(b, node)
     last, Bn = b.unsqueeze(memory["A"], 2), b.unsqueeze(memory["B_next"], 1)
-    kappa, sigma, inflow = _boundary(b, node, last, memory["x"], Bn, 4)
-    return _next_H(b, node, memory["H"], kappa, sigma, inflow)
+    kappa, sigma, inflow = _boundary(b, node, last, b.has(memory["x"], held["x"]), Bn, 4)
+    H = b.op("Cast", memory["H"], to=b.onnx_type)
+    return b.op("Cast", _next_H(b, node, H, kappa, sigma, inflow), to=held["H"])

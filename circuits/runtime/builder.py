@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -68,6 +68,24 @@ class Builder:
             self.nodes.append(helper.make_node("Identity", [tensor], [name]))
         self.names.append(name)
         return name
+
+    def outputs(self, names: Mapping[str, str]) -> None:
+        """Give results of nodes the names of outputs: output -> tensor. Named tensors lose their own names.
+
+        What is not the result of a node, or has an output's name already, is copied.
+        """
+        produced = {result for node in self.nodes for result in node.output}
+        renamed: dict[str, str] = {}
+        copies = []
+        for output, tensor in names.items():
+            if tensor in produced and tensor not in renamed:
+                renamed[tensor] = output
+            else:
+                copies.append(helper.make_node("Identity", [renamed.get(tensor, tensor)], [output]))
+        for node in self.nodes:
+            node.input[:] = [renamed.get(name, name) for name in node.input]
+            node.output[:] = [renamed.get(name, name) for name in node.output]
+        self.nodes += copies
 
     def cast(self, x: str, to: int) -> str:
         """A tensor in another type; asked for again, it is the same one."""

@@ -92,6 +92,7 @@ def _step(graph: Graph, trace: bool) -> bytes:
     tensors = {source: source}
     states: list[onnx.ValueInfoProto] = []
     after: list[onnx.ValueInfoProto] = []
+    results: dict[str, str] = {}
     for node in graph.nodes:
         if node.name == source:
             continue
@@ -102,11 +103,14 @@ def _step(graph: Graph, trace: bool) -> bytes:
             result, changed = STEP_LOWERINGS[node.op](b, node, operands, memory, clock)
             states += _described_states(b, node, held)
             after += _described_states(b, node, {name: held[name] for name in changed}, NEXT)
-            for name, value in changed.items():
-                b.nodes.append(helper.make_node("Identity", [value], [f"{NEXT}{memory[name]}"]))
+            results |= {f"{NEXT}{memory[name]}": value for name, value in changed.items()}
         else:
             result = LOWERINGS[node.op](b, node, operands)
         tensors[node.name] = b.call(result, node.name)
+    if trace:
+        b.nodes += [helper.make_node("Identity", [value], [name]) for name, value in results.items()]
+    else:
+        b.outputs(results)
     shapes = {name: (1, *tensor.shape[1:]) for name, tensor in graph.types.items()}
     inputs = [_described(b, source, shapes[source]), _positions(), *states]
     return _serialised(b, inputs, [*_outputs(b, shapes, trace), *after])

@@ -12,10 +12,11 @@ from onnx import TensorProto, helper, numpy_helper
 
 from mamba_int.graph import Graph, IntArray, smallest_dtype
 
-INT32_BITS = 29
-"""Graphs up to this width run in int32: the offset of the shift needs a bit beside the sign."""
 FLOAT32_BITS = 24
-"""Integers up to 2^24, and so sums that never exceed it, are exact in float32; in float64 up to 2^53."""
+"""Graphs up to this width run in float32, whose kernels are the fastest: it holds integers up to 2^24, and so
+all sums that never exceed it; float64 holds them up to 2^53."""
+INT32_BITS = 29
+"""Wider ones up to this run in int32: the offset of the shift needs a bit beside the sign."""
 SMALL = 64
 """Constants of no more elements are stored as they are used."""
 
@@ -29,18 +30,22 @@ class Builder:
 
     Attributes:
         graph, length: these.
-        dtype: of every tensor, int32 where the proven intervals allow it, else int64.
+        dtype: of every tensor: float32 or int32 where the proven intervals allow it, else int64.
+        onnx_type: the same as ``TensorProto`` has it. whole_type: that of inputs and logits, an integer type.
         names: tensors that bear a name of the integer graph, in order.
     """
 
     def __init__(self, graph: Graph, length: int) -> None:
         self.graph = graph
         self.length = length
-        narrow = graph.max_bits <= INT32_BITS
-        self.dtype: type[np.signedinteger[Any]] = np.int32 if narrow else np.int64
-        self.onnx_type = TensorProto.INT32 if narrow else TensorProto.INT64
+        bits = graph.max_bits
+        narrow = bits <= INT32_BITS
+        self.whole_type = TensorProto.INT32 if narrow else TensorProto.INT64
+        self.onnx_type = TensorProto.FLOAT if bits <= FLOAT32_BITS else self.whole_type
+        self.dtype: type[np.number[Any]] = helper.tensor_dtype_to_np_dtype(self.onnx_type).type
         # Above every magnitude, and a multiple of every power of two that is shifted by.
         self._offset = 1 << (30 if narrow else 62)
+        self._types: dict[str, int] = {}
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[tuple[str, tuple[int, ...], bytes], onnx.TensorProto] = {}
         self.names: list[str] = []
@@ -88,15 +93,35 @@ class Builder:
         self.nodes += copies
 
     def cast(self, x: str, to: int) -> str:
-        """A tensor in another type; asked for again, it is the same one."""
+        """A tensor in another type, itself if it has it; asked for again, it is the same one."""
+        if self._types.get(x, self.onnx_type) == to:
+            return x
         if (x, to) not in self._casts:
-            self._casts[x, to] = self.has(self.op("Cast", x, to=to), to)
+            self._casts[x, to] = self.typed(self.op("Cast", x, to=to), to)
         return self._casts[x, to]
 
-    def has(self, x: str, kind: int) -> str:
-        """Note that a tensor has a type already, and return it."""
-        self._casts[x, kind] = x
+    def typed(self, x: str, kind: int) -> str:
+        """Note that a tensor has another type than the rest, and return it."""
+        self._types[x] = kind
         return x
+
+    def same_type(self, x: str, other: str) -> str:
+        """Note that a tensor has the type of another, and return it."""
+        return self.typed(x, self._types.get(other, self.onnx_type))
+
+    def input(self, name: str) -> str:
+        """The input of the graph in its dtype; what indexes with it takes it as it is."""
+        own = self.own(self.typed(name, self.whole_type))
+        self._casts[own, self.whole_type] = name
+        return own
+
+    def own(self, x: str) -> str:
+        """A tensor in the dtype of the graph."""
+        return self.cast(x, self.onnx_type)
+
+    def index(self, x: str) -> str:
+        """A tensor as indices."""
+        return self.cast(x, self.whole_type)
 
     @staticmethod
     def real(bound: int) -> int:
@@ -113,7 +138,8 @@ class Builder:
 
     def narrow(self, values: IntArray) -> str:
         """Integers in the smallest type that holds them, to be cast by whoever reads them."""
-        return self.initializer(values.astype(smallest_dtype(values)))
+        narrowed = values.astype(smallest_dtype(values))
+        return self.typed(self.initializer(narrowed), helper.np_dtype_to_tensor_dtype(narrowed.dtype))
 
     def constant(self, values: ArrayLike) -> str:
         """Integers of the graph, in its dtype; ONNX Runtime widens large ones once, when it loads them."""
@@ -122,8 +148,8 @@ class Builder:
             integers.size > SMALL
             and np.dtype(smallest_dtype(integers)).itemsize < np.dtype(self.dtype).itemsize
         ):
-            return self.cast(self.narrow(integers), self.onnx_type)
-        return self.has(self.initializer(integers.astype(self.dtype)), self.onnx_type)
+            return self.own(self.narrow(integers))
+        return self.initializer(integers.astype(self.dtype))
 
     def sizes(self, *values: int) -> str:
         """A vector of int64, as shapes and axes are given."""
@@ -149,7 +175,7 @@ class Builder:
                 partial sum is exact, in any order.
         """
         real = self.real(bound)
-        return self.op("Cast", self.op("MatMul", self.cast(a, real), self.cast(b, real)), to=self.onnx_type)
+        return self.own(self.typed(self.op("MatMul", self.cast(a, real), self.cast(b, real)), real))
 
     def scale(self, x: str, places: int) -> str:
         """x << places, for places >= 0."""
@@ -158,11 +184,15 @@ class Builder:
     def shift(self, x: str, places: int, low: int | None = None) -> str:
         """The rounding shift floor((x + 2^(k-1)) / 2^k); a negative k shifts left.
 
-        Division truncates, so an offset that is a multiple of 2^k makes x positive, if ``low``, a proven
-        bound, does not say that it is. (Shifts are for unsigned integers: two casts more, and no faster.)
+        In float32 every step of it is exact. Division of integers truncates, so an offset that is a multiple
+        of 2^k makes x positive, if ``low``, a proven bound, does not say that it is. (Shifts are for unsigned
+        integers: two casts more, and no faster.)
         """
         if places <= 0:
             return self.scale(x, -places)
+        if self.onnx_type == TensorProto.FLOAT:
+            fraction = self.mul(x, self.initializer(np.array(2.0**-places, np.float32)))
+            return self.op("Floor", self.add(fraction, self.initializer(np.array(0.5, np.float32))))
         half = 1 << (places - 1)
         offset = 0 if low is not None and low + half >= 0 else self._offset
         lowered = self.op("Div", self.add(x, self.constant(offset + half)), self.constant(1 << places))
@@ -170,7 +200,7 @@ class Builder:
 
     def clip(self, x: str, low: int, high: int) -> str:
         """min(max(x, low), high)."""
-        info = np.iinfo(self.dtype)
+        info = np.iinfo(helper.tensor_dtype_to_np_dtype(self.whole_type))
         bottom, top = (self.constant(min(max(v, info.min), info.max)) for v in (low, high))
         return self.op("Clip", x, bottom, top)
 

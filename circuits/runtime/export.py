@@ -28,8 +28,9 @@ def runtime_onnx(graph: Graph, trace: bool = False) -> bytes:
 
     The file computes the integers of ``mamba_int.interpreter.evaluate``, every intermediate included.
     Tensors bear the names of their nodes, those inside an operation ``node.intermediate``. The input has
-    the dtype of the output, int32 (int64 for graphs wider than 29 bits), and any batch size; its length
-    is ``graph.seq_len``. The first output is the logits.
+    the dtype of the logits, int32 (int64 for graphs wider than 29 bits), and any batch size; its length
+    is ``graph.seq_len``. The first output is the logits. What is between is in float32 for graphs within 24
+    bits, whose integers it holds exactly.
 
     Args:
         graph: the model.
@@ -37,11 +38,11 @@ def runtime_onnx(graph: Graph, trace: bool = False) -> bytes:
     """
     b = Builder(graph, graph.seq_len)
     source = graph.input.name
-    tensors = {source: source}
+    tensors = {source: b.input(source)}
     for node in graph.nodes:
         if node.name != source:
             result = LOWERINGS[node.op](b, node, [tensors[name] for name in node.inputs])
-            tensors[node.name] = b.call(result, node.name)
+            tensors[node.name] = _named(b, node, result)
     shapes = {name: tensor.shape for name, tensor in graph.types.items()}
     return _serialised(b, [_described(b, source, shapes[source])], _outputs(b, shapes, trace))
 
@@ -89,7 +90,7 @@ def _step(graph: Graph, trace: bool) -> bytes:
     b = Builder(graph, 1)
     initial = DecodingState.of(graph, 1).initial
     clock, source = Clock(b, POSITION), graph.input.name
-    tensors = {source: source}
+    tensors = {source: b.input(source)}
     states: list[onnx.ValueInfoProto] = []
     after: list[onnx.ValueInfoProto] = []
     results: dict[str, str] = {}
@@ -106,7 +107,7 @@ def _step(graph: Graph, trace: bool) -> bytes:
             results |= {f"{NEXT}{memory[name]}": value for name, value in changed.items()}
         else:
             result = LOWERINGS[node.op](b, node, operands)
-        tensors[node.name] = b.call(result, node.name)
+        tensors[node.name] = _named(b, node, result)
     if trace:
         b.nodes += [helper.make_node("Identity", [value], [name]) for name, value in results.items()]
     else:
@@ -138,9 +139,18 @@ def _chunk_end(graph: Graph, chunks: Mapping[str, int]) -> bytes:
     return _serialised(b, [_positions(), *states], after)
 
 
+def _named(b: Builder, node: Node, result: str) -> str:
+    """Give the result of a node its name, and return what its readers read: logits leave as integers."""
+    if node.name != b.graph.output:
+        return b.call(result, node.name)
+    b.call(b.op("Cast", result, to=b.whole_type), node.name)
+    return result
+
+
 def _described(b: Builder, name: str, shape: Sequence[int] | None) -> onnx.ValueInfoProto:
     sizes = None if shape is None else ["batch", *shape]
-    return helper.make_tensor_value_info(name, b.onnx_type, sizes)
+    whole = name in (b.graph.input.name, b.graph.output)
+    return helper.make_tensor_value_info(name, b.whole_type if whole else b.onnx_type, sizes)
 
 
 def _positions() -> onnx.ValueInfoProto:

@@ -30,7 +30,8 @@ def _input(b: Builder, node: Node, inputs: Sequence[str]) -> str:
 
 def _embedding(b: Builder, node: Node, inputs: Sequence[str]) -> str:
     # Rows are widened when they are read.
-    return b.op("Cast", b.op("Gather", b.narrow(node.constants["table"]), inputs[0], axis=0), to=b.onnx_type)
+    table = b.narrow(node.constants["table"])
+    return b.own(b.same_type(b.op("Gather", table, b.index(inputs[0]), axis=0), table))
 
 
 def _linear(b: Builder, node: Node, inputs: Sequence[str]) -> str:
@@ -49,7 +50,7 @@ def _linear(b: Builder, node: Node, inputs: Sequence[str]) -> str:
         y = b.sum(x, -1, keep=True)
     elif high - low <= 255 and np.abs(weight).max() <= 127:
         lifted = b.add(x, b.constant(-low)) if low else x
-        operands = [b.op("Cast", lifted, to=TensorProto.UINT8)]
+        operands = [b.cast(lifted, TensorProto.UINT8)]
         zero = b.initializer(np.array(-low, np.uint8))
         transposed = np.ascontiguousarray(weight.T)
         if 2 * (high - low) * int(np.abs(weight).max()) <= PAIR_LIMIT:
@@ -57,9 +58,7 @@ def _linear(b: Builder, node: Node, inputs: Sequence[str]) -> str:
         else:
             middle = np.array(128, np.uint8)
             operands += [b.initializer((transposed + 128).astype(np.uint8)), zero, b.initializer(middle)]
-        y = b.op("MatMulInteger", *operands)
-        if b.onnx_type != TensorProto.INT32:
-            y = b.op("Cast", y, to=b.onnx_type)
+        y = b.own(b.typed(b.op("MatMulInteger", *operands), TensorProto.INT32))
     else:
         terms = int(np.abs(weight).sum(1).max()) * source.magnitude
         y = b.matmul(x, b.narrow(np.ascontiguousarray(weight.T)), max(terms, source.magnitude))
@@ -122,9 +121,9 @@ def _table(b: Builder, node: Node, inputs: Sequence[str]) -> str:
     else:
         index = b.sub(source, b.constant(x.low))
     if b.length == 1:
-        return b.op("Gather", b.constant(entries), index, axis=0)
+        return b.op("Gather", b.constant(entries), b.index(index), axis=0)
     # Five times as fast for many elements: Gather copies slices.
-    found = b.op("GatherElements", b.constant(entries), b.reshape(index, -1), axis=0)
+    found = b.op("GatherElements", b.constant(entries), b.reshape(b.index(index), -1), axis=0)
     return b.op("Reshape", found, b.op("Shape", source))
 
 
@@ -145,11 +144,11 @@ def _norm(b: Builder, node: Node, inputs: Sequence[str]) -> str:
     d = b.graph.types[node.inputs[0]].shape[-1]
     xs = b.call(b.clip(b.shift(x, node.integer("input_shift")), -limit, limit), f"{node.name}.xs")
     squares = b.call(b.sum(b.mul(xs, xs), -1, keep=True), f"{node.name}.squares")
-    # A threshold beyond the dtype is beyond every sum.
-    thresholds = np.minimum(Norm.thresholds(node, d), np.iinfo(b.dtype).max)
+    # A threshold beyond the graph's bits is beyond every sum.
+    thresholds = np.minimum(Norm.thresholds(node, d), 1 << (b.graph.max_bits + 1))
     above = b.truth(b.op("Greater", squares, b.constant(thresholds)))
     level = b.call(b.sum(above, -1, keep=True), f"{node.name}.level")
-    multiplier = b.op("Gather", b.constant(Norm.multipliers(node)), level, axis=0)
+    multiplier = b.op("Gather", b.constant(Norm.multipliers(node)), b.index(level), axis=0)
     return b.shift(b.mul(x, multiplier), Norm.places(node))
 
 
@@ -186,15 +185,16 @@ def _turn(b: Builder, node: Node, x: str, constants: Mapping[str, str]) -> str:
 
 def _isqrt(b: Builder, node: Node, inputs: Sequence[str]) -> str:
     # The float64 root of an integer below 2^50 never rounds up across an integer, and a cast truncates.
-    return b.op("Cast", b.op("Sqrt", b.op("Cast", inputs[0], to=TensorProto.DOUBLE)), to=b.onnx_type)
+    root = b.typed(b.op("Sqrt", b.cast(inputs[0], TensorProto.DOUBLE)), TensorProto.DOUBLE)
+    return b.own(b.cast(root, b.whole_type))
 
 
 def _div(b: Builder, node: Node, inputs: Sequence[str]) -> str:
-    x, d = inputs
+    x, d = (b.cast(name, b.whole_type) for name in inputs)
     if b.graph.types[node.inputs[0]].low < 0:
         # Div truncates; Mod takes the sign of the divisor, so what is left divides exactly.
-        x = b.sub(x, b.op("Mod", x, d))
-    return b.op("Div", x, d)
+        x = b.typed(b.sub(x, b.typed(b.op("Mod", x, d), b.whole_type)), b.whole_type)
+    return b.own(b.typed(b.op("Div", x, d), b.whole_type))
 
 
 def _slice(b: Builder, node: Node, inputs: Sequence[str]) -> str:

@@ -131,7 +131,7 @@ def _boundary(b: Builder, node: Node, last: str, X: str, Bn: str, axes: int) -> 
     beta = b.call(b.shift(b.mul(weights, Bn), node.integer("beta_shift")), f"{name}.beta")
     bound = _Bounds.of(b, node).inflow
     turned = b.transpose(b.cast(X, b.real(bound)), *swapped)
-    inflow = b.scale(b.matmul(b.has(turned, b.real(bound)), beta, bound), node.integer("H_align"))
+    inflow = b.scale(b.matmul(b.typed(turned, b.real(bound)), beta, bound), node.integer("H_align"))
     across = b.slice(last, 0, 1)
     products = (b.mul(across, b.constant(node.constants[key])) for key in ("cos_Q", "sin_Q"))
     kappa, sigma = (b.shift(value, node.integer("rotation_frac")) for value in products)
@@ -222,8 +222,9 @@ def ssd_step(
 
     A = b.add(_decay(b, node, memory["A"], n), b.mul(row, _entering(b, node, n)))
     A = b.call(A, f"{node.name}.A")
-    entering = b.mul(b.unsqueeze(b.cast(place, held["x"]), 1), b.cast(X, held["x"]))
-    x = b.has(b.add(b.has(memory["x"], held["x"]), entering), held["x"])
+    kind = held["x"]
+    entering = b.mul(b.unsqueeze(b.cast(place, kind), 1), b.cast(X, kind))
+    x = b.typed(b.add(b.typed(memory["x"], kind), entering), kind)
     B = b.add(memory["B_hat"], b.mul(place, inputs[1]))
     G = _G(b, node, b.reshape(b.matmul(B, C, bounds.G), 0, 1, Q))
     b.call(b.reshape(G, 0, Q), f"{node.name}.G")
@@ -233,7 +234,7 @@ def ssd_step(
     if "H" in memory:
         same = node.inputs[4] == node.inputs[1]
         changed["B_next"] = B if same else b.add(memory["B_next"], b.mul(place, inputs[4]))
-        u = b.matmul(b.has(memory["H"], held["H"]), b.unsqueeze(C, 1), bounds.u)
+        u = b.matmul(b.typed(memory["H"], held["H"]), b.unsqueeze(C, 1), bounds.u)
         u = b.shift(b.reshape(u, 0, heads, P), node.integer("u_shift"))
         u = b.call(u, f"{node.name}.u")
         A_u = b.shift(b.slice(A, 0, 1), node.integer("A_bits") - node.integer("A_u_bits"), 0)
@@ -246,6 +247,6 @@ def ssd_chunk_end(b: Builder, node: Node, memory: Mapping[str, str]) -> str:
     """H' [batch, H, P, N] after a full chunk, from the memory of :func:`ssd_step` and in its type."""
     held = state_types(b, node)
     last, Bn = b.unsqueeze(memory["A"], 2), b.unsqueeze(memory["B_next"], 1)
-    kappa, sigma, inflow = _boundary(b, node, last, b.has(memory["x"], held["x"]), Bn, 4)
-    H = b.op("Cast", memory["H"], to=b.onnx_type)
-    return b.op("Cast", _next_H(b, node, H, kappa, sigma, inflow), to=held["H"])
+    kappa, sigma, inflow = _boundary(b, node, last, b.typed(memory["x"], held["x"]), Bn, 4)
+    H = b.own(b.typed(memory["H"], held["H"]))
+    return b.cast(_next_H(b, node, H, kappa, sigma, inflow), held["H"])

@@ -81,6 +81,20 @@ def test_shift_rounds_negative_halves_up_like_the_specification(places: int) -> 
     assert compare_all(graph, np.arange(-127, 128).reshape(1, 1, 255)).first is None
 
 
+@pytest.mark.parametrize(("top", "bits"), [(129000, 24), (131071, 25), (4190000, 29)])
+@pytest.mark.parametrize("places", [1, 6, 17])
+def test_shift_is_exact_up_to_the_widest_integer_of_its_dtype(top: int, bits: int, places: int) -> None:
+    weight = np.array([[top, 256, 1], [-top, -256, -1]])
+    wide = Node("wide", "linear", ("input",), constants={"weight": weight})
+    graph = graph_of(features(-128, 127, 3), wide, Node("y", "shift", ("wide",), {"places": places}))
+    assert graph.max_bits == bits
+    inputs = np.random.default_rng(0).integers(-128, 128, (500, 1, 3))
+    # The ends, and every residue of the smallest shifts beside them.
+    inputs[:256, :, 0] = np.resize([-128, 127], (256, 1))
+    inputs[:256, 0, 2] = np.arange(-128, 128)
+    assert compare_all(graph, inputs).first is None
+
+
 def test_shift_of_53_bits_runs_in_int64() -> None:
     square = Node("square", "mul", ("input", "input"))
     huge = Node("huge", "mul", ("square",), constants={"value": np.array(-(1 << 37) + 1)})

@@ -111,8 +111,12 @@ class Builder:
 
     def input(self, name: str) -> str:
         """The input of the graph in its dtype; what indexes with it takes it as it is."""
-        own = self.own(self.typed(name, self.whole_type))
-        self._casts[own, self.whole_type] = name
+        if self.whole_type == self.onnx_type:
+            return name
+        # Not a number: another node's name must not become that of what all readers of the input read.
+        own = f"{name}%"
+        self.nodes.append(helper.make_node("Cast", [name], [own], to=self.onnx_type))
+        self._casts[own, self.whole_type] = self.typed(name, self.whole_type)
         return own
 
     def own(self, x: str) -> str:

@@ -217,6 +217,12 @@ def test_matrices_that_only_scale_or_sum_are_no_products(shape: tuple[int, int])
     np.testing.assert_array_equal(OnnxRunner(graph)(inputs), evaluate(graph, inputs))
 
 
+def test_a_node_that_changes_nothing_does_not_take_the_inputs_name_away() -> None:
+    same = Node("same", "shift", ("input",), {"places": 0})
+    graph = graph_of(features(-5, 5, 2), same, Node("y", "add", ("same", "input")))
+    assert compare_all(graph, np.array([[[-5, 3]]])).first is None
+
+
 def test_activations_beyond_int8_are_not_wrapped_into_it() -> None:
     wide = Node("wide", "add", ("input",), constants={"value": np.array(1)})
     linear = Node("y", "linear", ("wide",), constants={"weight": np.ones((1, 2), np.int64)})

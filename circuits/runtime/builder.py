@@ -130,7 +130,8 @@ class Builder:
     @staticmethod
     def real(bound: int) -> int:
         """The float type that is exact up to a bound, a type of ``TensorProto``."""
-        return TensorProto.FLOAT if bound <= 1 << FLOAT32_BITS else TensorProto.DOUBLE
+        kind: int = TensorProto.FLOAT if bound <= 1 << FLOAT32_BITS else TensorProto.DOUBLE
+        return kind
 
     def initializer(self, array: np.ndarray[Any, Any]) -> str:
         """A constant with the dtype it has; equal ones are stored once."""

@@ -95,7 +95,7 @@ class OnnxDecoder:
         self._step = session(model.step, threads)
         self._chunk_end = None if model.chunk_end is None else session(model.chunk_end, threads)
         self._start = DecodingState.of(graph, batch)
-        self._position = np.zeros(batch, np.int64)
+        self._position: IntArray = np.zeros(batch, np.int64)
         source, logits = self._step.get_inputs()[0], self._step.get_outputs()[0]
         self._dtype = _dtype(source)
         self._inputs = np.zeros((batch, *source.shape[1:]), self._dtype)

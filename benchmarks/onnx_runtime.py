@@ -107,7 +107,7 @@ def main() -> None:
     }
     result["forms"] |= {
         name: {
-            "step_bytes": len(decoding_onnx(graph).step),
+            "step_bytes": len((files := decoding_onnx(graph)).step) + len(files.chunk_end or b""),
             "prefill_bytes": len(runtime_onnx(graph)),
             "max_bits": graph.max_bits,
         }
@@ -140,7 +140,7 @@ def main() -> None:
         for name, row in result["forms"].items():
             row[f"decode_ms_{threads}"] = round(taken[name] / STEPS, 4)
             row[f"prefill_ms_{threads}"] = round(filled[name], 2)
-    base = result["forms"]["float32"]
+    base = dict(result["forms"]["float32"])
     print(f"{'':14}" + "".join(f"{key:>16}" for key in base))
     for name, row in result["forms"].items():
         row["times_smaller"] = round(base["step_bytes"] / row["step_bytes"], 2)
@@ -175,18 +175,20 @@ def check(
     sequence = tokens[0].numpy()
     stepped = np.stack([decoders["float32"].step([token]).copy() for token in sequence], 1)
     np.testing.assert_allclose(stepped, exact, atol=1e-4)
-    compared = 0
+    compared = differing = 0
     for name, graph in graphs.items():
         logits = runners[name](tokens.numpy())
-        np.testing.assert_array_equal(logits[:, :48], evaluate(graph, tokens[:, :48].numpy()))
         stepped = np.stack([decoders[name].step([token]) for token in sequence], 1)
-        np.testing.assert_array_equal(stepped, logits)
         decoders[name].reset()
-        compared += stepped.size
+        exact_start = evaluate(graph, tokens[:, :48].numpy())
+        for one, other in ((logits[:, :48], exact_start), (stepped, logits)):
+            compared += one.size
+            differing += int(np.count_nonzero(one != other))
+    assert differing == 0
     return {
         "float_error": float(np.abs(found - exact).max()),
         "integers_compared": compared,
-        "integers_that_differ": 0,
+        "integers_that_differ": differing,
     }
 
 

@@ -47,12 +47,15 @@ def measure(name: str) -> dict[str, Any]:
         now = time.perf_counter()
         seconds[stage], begun = seconds.get(stage, 0.0) + now - begun, now
 
-    def progress(done: int, total: int) -> None:
+    def progress(done: int, whole: int) -> None:
         nonlocal reports
         reports += 1
+        if done <= SEQUENCES:
+            lap("calibration")
+        else:
+            lap({whole: "proof of all intervals", whole - 1: "head"}.get(done, "layers"))
 
     conversion = convert(model, tokens, config=ConversionConfig(), progress=progress)
-    lap("convert")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.mint"
         conversion.graph.save(path)

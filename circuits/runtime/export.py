@@ -148,7 +148,7 @@ def _named(b: Builder, node: Node, result: str) -> str:
 
 
 def _described(b: Builder, name: str, shape: Sequence[int] | None) -> onnx.ValueInfoProto:
-    sizes = None if shape is None else ["batch", *shape]
+    sizes: list[str | int | None] | None = None if shape is None else ["batch", *shape]
     whole = name in (b.graph.input.name, b.graph.output)
     return helper.make_tensor_value_info(name, b.whole_type if whole else b.onnx_type, sizes)
 

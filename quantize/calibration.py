@@ -29,12 +29,13 @@ if TYPE_CHECKING:
 
 SAMPLES = 1 << 16
 """About as many values of a tensor are kept, in whole rows, spread evenly over the batches."""
-BATCH = 32
+BATCH_STEPS = 1 << 11
+"""About as many steps are run at a time: what they take is memory for the logits of a large vocabulary."""
 FloatModel = MambaForSequenceClassification | MambaForCausalLM | MambaForFeatureExtraction
 Convertible = FloatModel | Mixer
 """A whole model, or a mixer alone."""
 Progress = Callable[[int, int], None]
-"""Told how many of how many inputs were seen."""
+"""Told how much of how much is done: inputs that were seen, layers that were built."""
 
 
 def calibrate(
@@ -53,7 +54,8 @@ def calibrate(
     """
     check_calibration(model, inputs)
     observations: Observations = {}
-    batches = -(-len(inputs) // BATCH)
+    batch = max(1, BATCH_STEPS // inputs.shape[1])
+    batches = -(-len(inputs) // batch)
     read = _matrix_inputs(model) if moments else frozenset()
 
     def record(name: str, value: Tensor) -> None:
@@ -75,10 +77,10 @@ def calibrate(
 
     device = next(model.parameters()).device
     with torch.no_grad():
-        for start in range(0, len(inputs), BATCH):
-            trace(model, inputs[start : start + BATCH].to(device), record)
+        for start in range(0, len(inputs), batch):
+            trace(model, inputs[start : start + batch].to(device), record)
             if progress is not None:
-                progress(min(start + BATCH, len(inputs)), len(inputs))
+                progress(min(start + batch, len(inputs)), len(inputs))
     return observations
 
 

@@ -66,7 +66,8 @@ def convert(
         input_format: what the integers of the graph's input stand for; None for token ids.
         config: bits.
         card: entries of the graph's card beyond those that follow from the model.
-        progress: of the calibration.
+        progress: told after every batch of the calibration and every layer; a whole is an input or a layer,
+            and two more for the head and for the proof that all intervals hold.
 
     Raises:
         MambaintError: for a form of model that has no integer form here, calibration data that does not fit,
@@ -75,8 +76,24 @@ def convert(
     options = config or ConversionConfig()
     options = dataclasses.replace(options, seq_len=options.seq_len or calibration.shape[1])
     _check_model(model, input_format)
-    observations = calibrate(model, calibration, progress, options.reconstruct)
-    return build(model, observations, input_format, options, card)
+    inputs = len(calibration)
+    whole = inputs + _build_stages(model)
+
+    def after_calibration(done: int, _: int) -> None:
+        if progress is not None:
+            progress(inputs + done, whole)
+
+    def of_calibration(done: int, _: int) -> None:
+        if progress is not None:
+            progress(done, whole)
+
+    observations = calibrate(model, calibration, of_calibration, options.reconstruct)
+    return build(model, observations, input_format, options, card, after_calibration)
+
+
+def _build_stages(model: Convertible) -> int:
+    """Layers, the head and the proof of the whole."""
+    return len(list(named_layers(model))) + 2
 
 
 def build(
@@ -85,20 +102,29 @@ def build(
     input_format: InputFormat | None,
     config: ConversionConfig,
     card: dict[str, Any] | None = None,
+    progress: Progress | None = None,
 ) -> Conversion:
     """The integer graph of a calibrated model; see :func:`convert`.
 
     ``config.seq_len`` must be set; with ``config.reconstruct`` the observations need their moments.
     """
+
+    def done(stages: int) -> None:
+        if progress is not None:
+            progress(stages, _build_stages(model))
+
     classify = isinstance(model, MambaForSequenceClassification)
     p = Pieces(observations, config, carries_state=not classify or config.seq_len > config.chunk_size)
     block = block_conversion(model.config.mixer)
     residual = embed(p, model, input_format)
-    for name, layer in named_layers(model):
+    for i, (name, layer) in enumerate(named_layers(model)):
         out = block.build(p, name, layer, residual)
         residual = out if isinstance(model, Mixer) else p.add_to_residual(name, residual, out)
+        done(i + 1)
     output = residual if isinstance(model, Mixer) else head(p, model, residual)
+    done(_build_stages(model) - 1)
     graph = p.graph.finish(output, _card(p, model, output) | (card or {}))
+    done(_build_stages(model))
     return Conversion(graph, p.tables, p.decays, p.counterparts(graph))
 
 

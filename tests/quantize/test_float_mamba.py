@@ -22,7 +22,7 @@ from mamba_int.float_models.models import (
 )
 from mamba_int.graph import IntArray
 from mamba_int.interpreter import evaluate
-from quantize.calibration import Convertible, input_features, trace
+from quantize.calibration import Convertible, calibrate, input_features, trace
 from quantize.equality import compare, torch_tracer
 from quantize.float_mamba import PROVABLE, Conversion, ConversionConfig, InputFormat, convert
 from zk.prove import mock
@@ -292,3 +292,27 @@ def test_a_budget_too_small_names_the_node_its_layer_and_what_to_lower(
         converted(name, ConversionConfig(**changes))
     assert re.search(cause, raised.value.cause) and remedy in raised.value.remedy
     assert "\n" not in str(raised.value)
+
+
+def test_progress_covers_the_calibration_and_every_layer_and_ends_at_the_whole() -> None:
+    model, reals, _ = random_model("language")
+    seen: list[tuple[int, int]] = []
+    convert(model, reals, progress=lambda done, whole: seen.append((done, whole)))
+    done = [step for step, _ in seen]
+    assert {whole for _, whole in seen} == {len(reals) + model.config.n_layer + 2}
+    assert done[-1] == seen[0][1] and done == sorted(set(done))
+    assert set(range(len(reals), done[-1] + 1)) <= set(done)
+
+
+def test_calibration_runs_few_steps_at_a_time_and_sees_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The logits of many long texts over a large vocabulary do not fit the memory."""
+    model, reals, _ = random_model("language")
+    whole = calibrate(model, reals)
+    monkeypatch.setattr("quantize.calibration.BATCH_STEPS", 3 * reals.shape[1] + 1)
+    seen: list[int] = []
+    parts = calibrate(model, reals, lambda done, total: seen.append(done))
+    assert seen == [*range(3, len(reals) + 1, 3)]
+    assert whole.keys() == parts.keys()
+    for name, value in whole.items():
+        assert parts[name].low == pytest.approx(value.low, abs=1e-5)
+        assert parts[name].high == pytest.approx(value.high, abs=1e-5)

@@ -52,5 +52,6 @@ def head(p: Pieces, model: FloatModel, residual: str) -> str:
         places = max(0, (c.seq_len - 1).bit_length() - 8)
         pooled = b.shift("pool", pooled, b.frac[pooled] - places)
         weight = weight / c.seq_len
+        p.stands_for(pooled, "pooled", scales * c.seq_len)
     bias = None if output.bias is None else array(output.bias)
     return p.linear("logits", pooled, weight, bias, scales)

@@ -19,6 +19,7 @@ from mamba_int.graph import Graph
 from quantize.blocks.registry import block_conversion
 from quantize.calibration import FloatModel, Progress, calibrate, named_layers
 from quantize.conversion_config import PROVABLE, ConversionConfig, InputFormat
+from quantize.counterpart import Counterpart
 from quantize.embedding_and_head import embed, head
 from quantize.fits import DecayFit, TableFit
 from quantize.observations import Observations
@@ -33,13 +34,17 @@ class Conversion:
 
     Attributes:
         graph: the integer model.
-        tables: what every activation is at each of its indices, by the name of its node.
+        tables: what every activation is at each of its indices, by its name in ``counterparts``, or that of
+            its node if the float model does not have it.
         decays: the tables of every layer's decay and gain, by the name of the decay's node.
+        counterparts: what of the graph stands for which tensor of the float model, by the tensor's name as
+            ``quantize.calibration.trace`` has it.
     """
 
     graph: Graph
     tables: dict[str, TableFit]
     decays: dict[str, DecayFit]
+    counterparts: dict[str, Counterpart]
 
 
 def convert(
@@ -88,12 +93,7 @@ def build(
         residual = p.add_to_residual(name, residual, block.build(p, name, layer, residual))
     output = head(p, model, residual)
     graph = p.graph.finish(output, _card(p, model, output) | (card or {}))
-    kept = graph.by_name
-    return Conversion(
-        graph,
-        {name: fit for name, fit in p.tables.items() if name in kept},
-        {name: fit for name, fit in p.decays.items() if name in kept},
-    )
+    return Conversion(graph, p.tables, p.decays, p.counterparts(graph))
 
 
 def _check_model(model: FloatModel, input_format: InputFormat | None) -> None:

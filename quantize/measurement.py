@@ -45,6 +45,7 @@ class Measurement:
 
     Attributes:
         metric: ``accuracy`` or ``bits_per_byte``. value: its value.
+        loss: mean cross entropy in nats per prediction: its exponential is a language model's perplexity.
         examples: sequences, or tokens of text, that it was measured on.
         confusion: [class][predicted class] counts; empty for text.
         observed: by node name.
@@ -52,6 +53,7 @@ class Measurement:
 
     metric: str
     value: float
+    loss: float
     examples: int
     confusion: list[list[int]]
     observed: dict[str, Observed] = field(default_factory=dict)
@@ -125,12 +127,16 @@ def _measure_classes(graph: Graph, data: Any) -> Measurement:
     classes = graph.types[graph.output].shape[-1]
     confusion = np.zeros((classes, classes), np.int64)
     observed: dict[str, Observed] = {}
+    scale = 2.0 ** -graph.by_name[graph.output].frac
+    loss = 0.0
     for start in range(0, len(labels), SEQUENCES):
         batch = check_input(graph, inputs[start : start + SEQUENCES])
-        predicted = _observe(graph, batch, observed).argmax(-1)
-        np.add.at(confusion, (labels[start : start + SEQUENCES], predicted), 1)
+        targets = labels[start : start + SEQUENCES]
+        logits = _observe(graph, batch, observed)
+        loss += _cross_entropy(logits * scale, targets)
+        np.add.at(confusion, (targets, logits.argmax(-1)), 1)
     accuracy = int(np.trace(confusion)) / len(labels)
-    return Measurement("accuracy", accuracy, len(labels), confusion.tolist(), observed)
+    return Measurement("accuracy", accuracy, loss / len(labels), len(labels), confusion.tolist(), observed)
 
 
 def _measure_text(graph: Graph, data: Any, window: int) -> Measurement:
@@ -151,7 +157,8 @@ def _measure_text(graph: Graph, data: Any, window: int) -> Measurement:
         loss += _cross_entropy(logits * scale, windows[:, 1:])
         predicted += int(data.tokenizer.lengths[windows[:, 1:]].sum())
     tokens = len(starts) * window
-    return Measurement("bits_per_byte", loss / predicted / math.log(2), tokens, [], observed)
+    bits = loss / predicted / math.log(2)
+    return Measurement("bits_per_byte", bits, loss / tokens, tokens, [], observed)
 
 
 def _cross_entropy(logits: NDArray[np.floating[Any]], targets: IntArray) -> float:

@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 
 from mamba_int.errors import MambaintError
+from mamba_int.graph import Graph
 from quantize.conversion_config import ConversionConfig
+from quantize.counterpart import Counterpart
 from quantize.fits import ACTIVATIONS, DecayFit, TableFit, fit_piecewise, fit_table
 from quantize.graph_builder import GraphBuilder
 from quantize.observations import Observations, Observed
@@ -57,9 +59,37 @@ class Pieces:
         self.graph = GraphBuilder(config.seq_len, config.max_bits)
         self.tables: dict[str, TableFit] = {}
         self.decays: dict[str, DecayFit] = {}
+        self._counterparts: dict[str, Counterpart] = {}
         # Twice what was seen: layers add up, and a saturated residual is lost for good.
         limit = config.residual_limit // 2
         self.residual_frac = min(places_for(self.seen["residual"].largest, limit), 16)
+
+    def stands_for(self, node: str, tensor: str, scales: FloatArray | None = None) -> None:
+        """Note which tensor of the float model a node holds, where they differ in name or scale.
+
+        Args:
+            node: its name. tensor: as ``quantize.calibration.trace`` names it.
+            scales: see ``Counterpart``.
+        """
+        self._counterparts[tensor] = Counterpart(node, scales)
+
+    def counterparts(self, graph: Graph) -> dict[str, Counterpart]:
+        """What stands for every tensor of the float model in the finished graph, by the tensor's name.
+
+        A node that was not noted with :meth:`stands_for` holds the tensor of its own name.
+        """
+        made = {node.name: node for node in self.graph.nodes}
+        noted = {counterpart.node for counterpart in self._counterparts.values()}
+        plain = {name: Counterpart(name) for name in self.seen if name in made and name not in noted}
+        found = {}
+        for tensor, counterpart in (plain | self._counterparts).items():
+            node = made[counterpart.node]
+            while node.name not in graph.by_name and node.op == "clamp":
+                # It was proven to change nothing: its argument has its values.
+                node = made[node.inputs[0]]
+            if node.name in graph.by_name:
+                found[tensor] = Counterpart(node.name, counterpart.scales)
+        return found
 
     def add_to_residual(self, layer: str, residual: str, out: str) -> str:
         """residual + out, saturated: the residual stream after a layer."""
@@ -208,4 +238,8 @@ class Pieces:
         )
         frac = b.frac[source] + kappa - square_frac
         product = b.add(f"{name}_product", "mul", source, spread, frac=frac)
-        return b.requantize(name, product, min(places, frac), limit), scale * np.exp2(gains)
+        scales = scale * np.exp2(gains)
+        normed = b.requantize(name, product, min(places, frac), limit)
+        self.stands_for(source, f"{name}.source")
+        self.stands_for(normed, name, scales)
+        return normed, scales

@@ -91,6 +91,7 @@ def scan(
     v = b.add(at("log_decay_wide"), "add", log_dt, frac=frac, constants={"value": offset})
     first, last = math.floor((seen.low - 0.2) * 2.0**frac), math.ceil((seen.high + 0.2) * 2.0**frac)
     v = b.saturate(at("log_decay"), v, first, last)
+    p.stands_for(v, at("decay_index"))
     tensor = b.types[v]
     decays = fit_decay(tensor.low, tensor.high, frac, c.decay_bits, c.gain_bits)
     p.decays[at("decay")] = decays
@@ -117,6 +118,7 @@ def scan(
     lifted = np.repeat(lifts, headdim)
     scan_frac = min(p.places(seen, limit, lifted), b.frac[product])
     scan_x = b.requantize(at("scan_x"), product, scan_frac, limit)
+    p.stands_for(scan_x, at("scan_x"), np.exp2(lifted))
 
     G = math.ceil(2 * largest_G * 2.0 ** (b.frac[B] + b.frac[C])) + 1
     shape = ScanShape(

@@ -89,6 +89,7 @@ class MambaConversion:
         limit = p.config.activation_limit
         frac = min(p.places(seen, limit, gains.astype(np.float64)), b.frac[gated])
         v = b.requantize(at("gated"), gated, frac, limit)
+        p.stands_for(v, at("gated"), np.exp2(gains))
         return p.linear(at("out_proj"), v, weight, bias_of(mixer.out_proj), np.exp2(gains))
 
     def _scans(self, p: Pieces, name: str, mixer: MambaMixer, x: str) -> str:

@@ -64,7 +64,6 @@ class Mamba2Conversion:
         at("scan_x", (heads * record_gain(record, name, step, rates)[..., None]).flatten(-2))
         at("G", (C @ B.mT).tril())
         scanned, _ = STATE_SPACE_DUALITIES[c.scan_type](heads, step, -rates, B[:, :, None], C[:, :, None])
-        at("scanned", scanned.flatten(2))
         D = mixer.D.view(c.n_heads, -1)
         y = at("y", (scanned + D * heads).flatten(2))
         gated = y * at("gate", activate(z, c.gate_activation))

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 
 from circuits.circuit import Circuit
-from cli.proving import prepare
 from mamba_int.graph import Graph
 from mamba_int.interpreter import evaluate
 from tests.circuits_runtime.models import random_graph
 from tests.cli.conftest import Cli
+from zk.provable import prepare
 
 Capture = pytest.CaptureFixture[str]
 CLASSES = ["a", "b", "c", "d", "e"]

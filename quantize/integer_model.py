@@ -18,7 +18,7 @@ from mamba_int.errors import MambaintError
 from mamba_int.graph import Graph, IntArray
 from mamba_int.interpreter import check_input, evaluate
 from mamba_int.training import load_checkpoint
-from quantize.calibration import FloatModel, Progress
+from quantize.calibration import FloatModel, Progress, check_calibration
 from quantize.conversion_config import ConversionConfig, InputFormat
 from quantize.float_checkpoint import is_foreign, pair_with_data, read_float_checkpoint
 from quantize.float_mamba import convert
@@ -171,8 +171,8 @@ def quantize(
         calibration: sample inputs as the float model takes them, token ids [n, T] or reals [n, T, features];
             for a path also a data file, or None for a run's own data.
         config: bits of the conversion; ``PROVABLE`` is made for small circuits.
-        input_format: what the integers stand for that replace real inputs; unless given they have 8 bits and
-            the largest power-of-two scale that holds the calibration data.
+        input_format: what the integers stand for that replace real inputs; unless given they have 8 bits
+            (more for inputs beyond 64) and the finest power-of-two scale that holds the calibration data.
         format: of a foreign checkpoint, if it is not recognised.
         samples: most sequences of a data file to calibrate on.
         progress: of the calibration.
@@ -217,8 +217,9 @@ def _from_arrays(
     card: dict[str, Any] = {}
     if model.config.n_features:
         samples = samples.to(torch.get_default_dtype())
+        check_calibration(model.config, samples)
         kind = input_format or _format_of(samples)
-        steps = config.seq_len or (samples.shape[1] if samples.ndim > 1 else 1)
+        steps = config.seq_len or samples.shape[1]
         features = model.config.n_features
         card["input"] = {
             "description": f"{steps} steps of {features} features",
@@ -234,10 +235,9 @@ def _from_arrays(
 
 
 def _format_of(samples: Tensor) -> InputFormat:
-    """Integers of 8 bits for real samples; wider ones only if the samples are larger than 127."""
-    largest = float(samples.abs().max()) if samples.numel() else 0.0
-    if not math.isfinite(largest):
-        raise MambaintError("calibration inputs are not finite", "remove NaN and infinite values")
-    frac = min(24, max(0, math.floor(math.log2(INPUT_LIMIT / max(largest, 2.0**-24)))))
+    """Integers of 8 bits for real samples, but with one binary place at least: without any, inputs would have
+    to be integers themselves (see ``quantize.input_file.scaling``)."""
+    largest = float(samples.abs().max())
+    frac = min(24, max(1, math.floor(math.log2(INPUT_LIMIT / max(largest, 2.0**-24)))))
     limit = max(1, math.ceil(largest * 2.0**frac))
     return InputFormat(0 if float(samples.min()) >= 0 else -limit, limit, frac)

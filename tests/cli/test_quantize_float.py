@@ -149,7 +149,7 @@ def test_text_is_read_with_the_tokenizer_that_lies_beside_the_model(folder: Path
         (["lm", "--data", "t.txt", "--config", "bad.toml"], "unknown key 'weight_bit'"),
         (["lm", "--data", "t.txt", "--config", "table.toml"], "[conversion]"),
         (["lm", "--data", "t.txt", "--config", "range.toml"], "choose 2 to 12"),
-        (["nan", "--data", "t.txt"], "not finite"),
+        (["nan", "--data", "t.txt"], "NaN or infinite"),
         (["unknown", "--data", "t.txt"], "no known architecture"),
         (["pickle.pt", "--data", "t.txt"], "pickle"),
         (["run.safetensors", "--data", "t.txt"], "not on the scale"),

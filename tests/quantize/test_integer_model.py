@@ -102,13 +102,3 @@ def test_package_offers_its_names_and_no_others() -> None:
     assert package.quantize is quantize
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = package.nothing
-
-
-def test_a_proof_of_a_converted_model_verifies(tmp_path: Path) -> None:
-    model = quantize(
-        classifier(d_model=4, headdim=4, d_state=2), np.random.default_rng(0).random((8, 4, 3)), PROVABLE
-    )
-    found = model.prove(np.full((4, 3), 0.5), tmp_path)
-    verdict = found.verify()
-    assert verdict.valid and verdict.model_id == model.model_id
-    assert (found.logits == model.run(np.full((1, 4, 3), 0.5))[0]).all()

@@ -8,6 +8,7 @@ make integers of them, which are taken into the model's first linear map. So one
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,9 +154,9 @@ class FloatTask:
         reals: Tensor = integers * 2.0**-self.input_format.frac
         return reals
 
-    def __call__(self, integers: Tensor) -> Tensor:
-        """float32 logits of integers: what ``mamba_int.training.evaluate`` scores."""
-        logits: Tensor = self.model(self.inputs(integers)).logits
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """float32 logits of inputs as the graph takes them: what ``mamba_int.training.evaluate`` scores."""
+        logits: Tensor = self.model(self.inputs(inputs)).logits
         return logits.float()
 
     def eval(self) -> None:
@@ -203,23 +204,46 @@ class FloatTask:
         Args:
             seq_len: steps of the graph.
         """
-        data, frac = self.data, self.input_format.frac if self.input_format else 0
-        text = isinstance(data, TextData)
-        shape = f"{seq_len} token ids" if text else f"{seq_len} steps of {data.n_features} features"
+        data = self.data
+        if isinstance(data, TextData):
+            classes: list[str] = []
+            described: dict[str, Any] = {
+                "description": f"{seq_len} token ids",
+                "low": 0,
+                "high": self.model.config.vocab_size - 1,
+                "feature_offset": [],
+                "feature_scale": [],
+            }
+        else:
+            assert self.input_format is not None
+            classes = list(data.class_names)
+            described = describe_features(seq_len, self.input_format, data.feature_offset, data.feature_scale)
         return {
-            "classes": [] if text else list(data.class_names),
-            "input": {
-                "description": shape,
-                "low": 0 if text else data.input_low,
-                "high": self.model.config.vocab_size - 1 if text else data.input_high,
-                "frac": frac,
-                "feature_offset": [] if text else list(data.feature_offset),
-                "feature_scale": [] if text else list(data.feature_scale),
-            },
+            "classes": classes,
+            "input": described,
             "dataset": {"name": data.name, "fingerprint": data.fingerprint()},
             "checkpoint_sha256": self.checkpoint.sha256,
             "checkpoint_format": self.checkpoint.format,
         }
+
+
+def describe_features(
+    steps: int, kind: InputFormat, offset: Sequence[float], scale: Sequence[float]
+) -> dict[str, Any]:
+    """What a card says of real inputs: integer = round((real - offset) * scale), clamped to the domain.
+
+    Args:
+        steps: of a sequence. kind: domain of the integers, and what they are to the float model.
+        offset, scale: of every feature.
+    """
+    return {
+        "description": f"{steps} steps of {len(scale)} features",
+        "low": kind.low,
+        "high": kind.high,
+        "frac": kind.frac,
+        "feature_offset": list(offset),
+        "feature_scale": list(scale),
+    }
 
 
 def pair_with_data(checkpoint: FloatCheckpoint, path: Path | None) -> FloatTask:

@@ -20,7 +20,12 @@ from mamba_int.interpreter import check_input, evaluate
 from mamba_int.training import load_checkpoint
 from quantize.calibration import FloatModel, Progress, check_calibration
 from quantize.conversion_config import ConversionConfig, InputFormat
-from quantize.float_checkpoint import is_foreign, pair_with_data, read_float_checkpoint
+from quantize.float_checkpoint import (
+    describe_features,
+    is_foreign,
+    pair_with_data,
+    read_float_checkpoint,
+)
 from quantize.float_mamba import convert
 from quantize.input_file import scaling
 from quantize.latest import resolve_checkpoint
@@ -114,12 +119,10 @@ class IntegerModel:
         Args:
             inputs: see :meth:`integers`.
         """
-        logits: NDArray[np.float64] = evaluate(self.graph, self.integers(inputs)) * self._unit
-        return logits
+        return self._reals(evaluate(self.graph, self.integers(inputs)))
 
-    @property
-    def _unit(self) -> float:
-        return float(2.0 ** -self.graph.by_name[self.graph.output].frac)
+    def _reals(self, logits: IntArray) -> NDArray[np.float64]:
+        return logits.astype(np.float64) * 2.0 ** -self.graph.by_name[self.graph.output].frac
 
     def prove(self, inputs: ArrayLike | Tensor, folder: Path | str, public_input: bool = False) -> InputProof:
         """Prove the answer on one input; keys are made on first use, with an SRS for development.
@@ -148,7 +151,7 @@ class IntegerModel:
         write_bytes(verifier, ready.package)
         write_bytes(proof, result.file)
         circuit = ready.lowered.circuit
-        logits = evaluate(self.graph, integers[None])[0] * self._unit
+        logits = self._reals(evaluate(self.graph, integers[None])[0])
         return InputProof(proof, verifier, logits, result.prove_seconds, circuit.rows, circuit.logrows)
 
 
@@ -221,14 +224,7 @@ def _from_arrays(
         kind = input_format or _format_of(samples)
         steps = config.seq_len or samples.shape[1]
         features = model.config.n_features
-        card["input"] = {
-            "description": f"{steps} steps of {features} features",
-            "low": kind.low,
-            "high": kind.high,
-            "frac": kind.frac,
-            "feature_offset": [0.0] * features,
-            "feature_scale": [2.0**kind.frac] * features,
-        }
+        card["input"] = describe_features(steps, kind, [0.0] * features, [2.0**kind.frac] * features)
     else:
         kind = None
     return IntegerModel(convert(model, samples, kind, config, card, progress).graph)

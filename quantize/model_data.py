@@ -119,6 +119,6 @@ def tokenized(text: TextData, tokenizer: Tokenizer) -> TextData:
             place += 1
         places[i] = place
     parts = [content[start:stop] for start, stop in pairwise(places)]
-    tokens = [torch.from_numpy(tokenizer.encode(part).astype(np.uint32)) for part in parts]
+    train, validation, test = (torch.from_numpy(tokenizer.encode(part).astype(np.uint32)) for part in parts)
     sizes = {split: len(part) for split, part in zip(SPLITS, parts, strict=True)}
-    return TextData(*tokens, text.name, tokenizer, sizes, "")
+    return TextData(train, validation, test, text.name, tokenizer, sizes, "")

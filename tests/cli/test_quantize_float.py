@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -210,7 +211,8 @@ def make(folder: Path, arguments: list[str]) -> None:
             "D": (E,),
             "out_proj_weight": (d, E),
         }
-        np.savez(folder / "mixer.npz", **{name: np.ones(s, np.float32) for name, s in shapes.items()})
+        arrays: dict[str, Any] = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
+        np.savez(folder / "mixer.npz", **arrays)
     csv(folder / "d.npz")
     csv(folder / "wide.npz", features=3)
     csv(folder / "two.npz", classes="ab")

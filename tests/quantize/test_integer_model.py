@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import quantize as package
 from mamba_int.datasets import DataSource, load_data
@@ -34,7 +35,9 @@ def test_logits_of_real_inputs_are_those_of_the_float_model(scale: float) -> Non
     model = classifier()
     samples = torch.randn(24, 5, 3, generator=torch.Generator().manual_seed(1)) * scale
     with torch.no_grad():
-        model.backbone.embeddings.weight /= scale
+        first = model.backbone.embeddings
+        assert isinstance(first, nn.Linear)
+        first.weight /= scale
         expected = model(samples).logits.numpy()
     found = quantize(model, samples).run(samples)
     assert np.abs(found - expected).max() < 0.1 * np.abs(expected).max()

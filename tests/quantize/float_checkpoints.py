@@ -20,7 +20,7 @@ def write_float_run(path: Path, source: DataSource, **forms: Any) -> None:
     """The checkpoint of an untrained float model, as ``mambaint train`` writes one."""
     data = load_data(source)
     if isinstance(data, TextData):
-        shape = {"vocab_size": data.vocab_size}
+        shape: dict[str, Any] = {"vocab_size": data.vocab_size}
     else:
         shape = {"n_features": data.n_features, "num_labels": data.n_classes, "pooling": "mean"}
     config = MambaConfig(**(SMALL | shape | forms))

@@ -230,15 +230,35 @@ def _slice(low: _Lowering, node: Node, tensor: TensorType) -> Value:
     return source.sliced(node.name, tensor, node.integer("start"), node.integer("stop"))
 
 
+def _concat(low: _Lowering, node: Node, tensor: TensorType) -> Value:
+    parts = low.operands(node)
+    return Computed(
+        low.cells, node.name, tensor, lambda: np.concatenate([value.cells() for value in parts], -1)
+    )
+
+
 def _reduce(low: _Lowering, node: Node, tensor: TensorType) -> Value:
     (source,), b = low.operands(node), low.cells
     if node.attributes["kind"] == "last":
         return Computed(b, node.name, tensor, lambda: source.cells()[-1])
+    if node.attributes["kind"] == "max":
+        return Computed(b, node.name, tensor, lambda: _largest(b, source.cells(), tensor))
 
     def terms() -> list[tuple[Ids, int]]:
         return [(ids[t], c) for ids, c in _terms(source) for t in range(len(ids))]
 
     return Combination(b, node.name, tensor, terms)
+
+
+def _largest(b: Cells, steps: Ids, tensor: TensorType) -> Ids:
+    """max over the first axis, step by step: max(m, x) = m + max(x - m, 0), which stays within x's interval.
+
+    Nothing in it is private: the lookups compute it, and prove the differences in the table.
+    """
+    largest: Ids = steps[0]
+    for step in steps[1:]:
+        largest = b.add(largest, b.relu(b.sub(step, largest)), (tensor.low, tensor.high))
+    return largest
 
 
 Gadget = Callable[[_Lowering, Node, TensorType], Value]
@@ -263,6 +283,7 @@ GADGETS: dict[str, Gadget] = {
     "isqrt": _isqrt,
     "div": _div,
     "slice": _slice,
+    "concat": _concat,
     "reduce": _reduce,
 }
 """One gadget for every operation of the integer graph, under its name."""

@@ -130,11 +130,15 @@ def trace(model: FloatModel, inputs: Tensor, record: Record) -> Tensor:
         residual = residual[:, -1]
     normed = record_norm(record, "final_norm", residual, backbone.norm_f.eps)
     if isinstance(model, MambaForSequenceClassification):
+        weight = backbone.norm_f.weight
+        # The learned weight comes last here: means and powers of two pass through it, and a maximum if it is
+        # positive.
         if c.pooling == "mean":
             normed = normed.mean(1)
-        # The learned weight comes last here: means and powers of two pass through it.
+        elif c.pooling == "max":
+            normed, weight = (normed * weight.sign()).amax(1), weight.abs()
         record("pooled", normed)
-        logits: Tensor = model.classifier(normed * backbone.norm_f.weight)
+        logits: Tensor = model.classifier(normed * weight)
     else:
         logits = model.logits(normed * backbone.norm_f.weight)
     record("logits", logits)

@@ -3,7 +3,8 @@
 Two errors of every tensor are told apart. The *cumulative* one is that of the integer graph against the float
 model, both run from the same inputs. The tensor's *own* is what the nodes between it and the tensors before
 it add: those hold, for it, the float model's values, rounded and saturated as their nodes hold them. Noise
-that a tensor inherits is in its cumulative error alone, so the own error says where to look.
+that a tensor inherits is in its cumulative error alone, so the own error says where to look; only what the
+tensors just before it lose by that rounding and saturation is in both.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor
 from mamba_int.errors import MambaintError
 from mamba_int.executor import Executor, Step, Values, execute_plan
 from mamba_int.graph import Graph, IntArray, Node
+from mamba_int.interpreter import check_input
 from mamba_int.operations import OPERATIONS
 from mamba_int.operations.base import nobody
 from quantize.calibration import FloatModel, Progress, trace
@@ -147,10 +149,7 @@ class Comparison:
     def to_dict(self) -> dict[str, Any]:
         """As JSON-able values."""
         return {
-            **asdict(self),
-            "layers": [asdict(layer) for layer in self.layers],
-            "tensors": [asdict(tensor) for tensor in self.tensors],
-            "activations": [asdict(form) for form in self.activations],
+            key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()
         }
 
 
@@ -170,18 +169,21 @@ def compare_with_float(
         conversion: the integer model.
         model: the float model that it was made from; the graph runs on its device.
         inputs: as the float model takes them: token ids int64 [n, T] or reals [n, T, n_features].
-        integers: the same as the graph takes them; see ``mamba_int.interpreter.check_input``.
+        integers: the same as the graph takes them, of the same shape.
         progress: told after every batch.
 
     Raises:
-        MambaintError: if there are no inputs, the two differ in number, or the float model is not finite.
+        MambaintError: if there are no inputs, the two differ in shape or do not fit the graph, or the float
+            model is not finite on them.
     """
-    if len(inputs) == 0 or len(inputs) != len(integers):
+    graph = conversion.graph
+    integers = check_input(graph, integers)
+    if len(inputs) == 0 or tuple(inputs.shape) != integers.shape:
         raise MambaintError(
-            f"{len(inputs)} inputs of the float model beside {len(integers)} of the integer model",
+            f"inputs {list(inputs.shape)} of the float model beside integers {list(integers.shape)}",
             "give the same inputs, at least one, in both forms",
         )
-    graph, steps = conversion.graph, integers.shape[1]
+    steps = integers.shape[1]
     device = next(model.parameters()).device
     comparer = _Comparer(graph, conversion.counterparts, device)
     per_step = sum(prod(kind.shape) for kind in graph.types.values()) / graph.seq_len
@@ -339,7 +341,8 @@ class _Comparer:
 
     def tensors(self) -> list[TensorComparison]:
         """What is known now, in the order of computation."""
-        layers, tensors = layers_of(self.graph), []
+        layers = layers_of(self.graph)
+        tensors: list[TensorComparison] = []
         for node in self.graph.nodes:
             name = self.tensor_of.get(node.name)
             if name is None:

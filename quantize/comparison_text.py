@@ -26,7 +26,7 @@ def comparison_values(report: dict[str, Any]) -> list[tuple[str, str]]:
         if exact is not None and found is not None:
             lines.append((f"test {label}, float → integers", f"{exact:.4f} → {found:.4f}"))
     ratio = comparison["float_bytes"] / comparison["size_bytes"]
-    size = f"{comparison['float_bytes']:,} → {comparison['size_bytes']:,} ({ratio:.2f} times smaller)"
+    size = f"{comparison['float_bytes']:,} → {comparison['size_bytes']:,} ({ratio:.2f} : 1)"
     if report["file_bytes"] is not None:
         size += f", {report['file_bytes']:,} as a file"
     counts = report["operations_per_token"]

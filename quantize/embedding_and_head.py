@@ -8,7 +8,7 @@ from torch import nn
 from mamba_int.float_models.models import MambaForSequenceClassification
 from quantize.calibration import FloatModel
 from quantize.conversion_config import InputFormat
-from quantize.parameters import array
+from quantize.parameters import array, bias_of
 from quantize.pieces import Pieces
 from quantize.scales import rounded
 
@@ -32,26 +32,30 @@ def embed(p: Pieces, model: FloatModel, input_format: InputFormat | None) -> str
 
 def head(p: Pieces, model: FloatModel, residual: str) -> str:
     """Logits of the residual stream after the last layer."""
-    b, c = p.graph, p.config
-    gamma = array(model.backbone.norm_f.weight)
-    classify = isinstance(model, MambaForSequenceClassification)
-    last = classify and model.config.pooling == "last"
-    source = residual
-    if last:
-        source = b.add("last", "reduce", residual, frac=b.frac[residual], kind="last")
-    output = model.classifier if isinstance(model, MambaForSequenceClassification) else model.lm_head
-    weight = array(output.weight)
-    if not classify:
-        weight = weight[: model.config.vocab_size]
-    weight = weight * gamma
-    eps = model.backbone.norm_f.eps
-    pooled, scales = p.norm("final_norm", source, eps, weight)
-    if classify and not last:
-        pooled = b.add("pool_sum", "reduce", pooled, frac=b.frac[pooled], kind="sum")
+    b = p.graph
+    gamma, eps = array(model.backbone.norm_f.weight), model.backbone.norm_f.eps
+    if not isinstance(model, MambaForSequenceClassification):
+        weight = array(model.lm_head.weight)[: model.config.vocab_size] * gamma
+        normed, scales = p.norm("final_norm", residual, eps, weight)
+        return p.linear("logits", normed, weight, bias_of(model.lm_head), scales)
+    pooling, bias = model.config.pooling, bias_of(model.classifier)
+    if pooling == "last":
+        residual = b.add("last", "reduce", residual, frac=b.frac[residual], kind="last")
+    signs = np.where(gamma < 0, -1, 1) if pooling == "max" else np.ones(len(gamma), np.int64)
+    weight = array(model.classifier.weight) * gamma * signs
+    pooled, scales = p.norm("final_norm", residual, eps, weight)
+    frac = b.frac[pooled]
+    if pooling == "max":
+        # What is multiplied with less than zero is largest where it is smallest itself.
+        if (signs < 0).any():
+            pooled = b.add("signed", "mul", pooled, frac=frac, constants={"value": signs})
+        pooled = b.add("pool", "reduce", pooled, frac=frac, kind="max")
+        p.stands_for(pooled, "pooled", scales)
+    elif pooling == "mean":
+        pooled = b.add("pool_sum", "reduce", pooled, frac=frac, kind="sum")
         # The mean's division is in the weights; eight bits more than a step has are enough.
-        places = max(0, (c.seq_len - 1).bit_length() - 8)
-        pooled = b.shift("pool", pooled, b.frac[pooled] - places)
-        weight = weight / c.seq_len
-        p.stands_for(pooled, "pooled", scales * c.seq_len)
-    bias = None if output.bias is None else array(output.bias)
+        steps = p.config.seq_len
+        pooled = b.shift("pool", pooled, frac - max(0, (steps - 1).bit_length() - 8))
+        weight = weight / steps
+        p.stands_for(pooled, "pooled", scales * steps)
     return p.linear("logits", pooled, weight, bias, scales)

@@ -104,12 +104,7 @@ def _check_model(model: FloatModel, input_format: InputFormat | None) -> None:
             raise MambaintError(cause, remedy)
 
     remedy = "convert another model"
-    block_conversion(c.mixer).check(c)
-    need(
-        not isinstance(model, MambaForSequenceClassification) or c.pooling != "max",
-        "pooling = 'max' has no integer form here",
-        remedy,
-    )
+    block_conversion(c.mixer)
     need(
         bool(c.n_features) == (input_format is not None),
         "real inputs need an input_format, token ids have none",

@@ -25,6 +25,7 @@ table { border-collapse: collapse; font-size: 13px; width: 100%; }
 th, td { padding: 0.2rem 0.6rem; border-bottom: 1px solid #e7ebf0; text-align: left; }
 th { color: #5a6675; font-weight: 600; }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
+td.n { white-space: nowrap; }
 .scroll { overflow-x: auto; }
 img { max-width: 100%; height: auto; }
 p.note { color: #5a6675; font-size: 0.9rem; }
@@ -33,8 +34,8 @@ p.note { color: #5a6675; font-size: 0.9rem; }
 _LAYER_HEAD = (
     "layer",
     "worst tensor",
-    "own SQNR",
-    "SQNR",
+    "own SQNR, dB",
+    "SQNR, dB",
     "cosine",
     "saturation",
     "peak bits",
@@ -43,6 +44,18 @@ _LAYER_HEAD = (
     "shifts",
     "adds",
     "multiplies",
+)
+
+_TENSOR_HEAD = (
+    "tensor",
+    "own SQNR, dB",
+    "SQNR, dB",
+    "cosine",
+    "largest error",
+    "saturation",
+    "places",
+    "bits",
+    "seen",
 )
 
 Cell = str | int | float | None
@@ -116,10 +129,6 @@ def _quality(report: dict[str, Any]) -> list[str]:
     return tiles
 
 
-def _decibel(value: float) -> str:
-    return f"{value:.1f} dB"
-
-
 def _comparison(comparison: dict[str, Any]) -> list[str]:
     """Sections on a converted model beside its float model."""
     layers, tensors, activations = (comparison[key] for key in ("layers", "tensors", "activations"))
@@ -133,8 +142,8 @@ def _comparison(comparison: dict[str, Any]) -> list[str]:
                 (
                     layer["layer"],
                     layer["worst"],
-                    _decibel(layer["own_sqnr_db"]),
-                    _decibel(layer["sqnr_db"]),
+                    layer["own_sqnr_db"],
+                    layer["sqnr_db"],
                     f"{layer['cosine']:.5f}",
                     _percent(layer["saturation"]),
                     layer["peak_bits"],
@@ -151,19 +160,19 @@ def _comparison(comparison: dict[str, Any]) -> list[str]:
         f"<p class=note>On {comparison['inputs']:,} inputs of {comparison['steps']:,} steps. SQNR is signal "
         "to quantization noise, 10 log<sub>10</sub>(&Sigma;x&sup2; / &Sigma;(x&#770; - x)&sup2;), of the "
         "tensor a layer ends with, against the float model run from the same input: it counts the noise of "
-        "all layers before. The own SQNR is that of the noise a tensor adds when the tensors before it are "
-        "the float model's, rounded to their places. Saturation is the largest share of any clamp; "
-        "operations are those of one step.</p>",
+        "all layers before. The own SQNR is that of the noise a tensor has when the tensors before it are "
+        "the float model's, rounded and saturated as their nodes hold them. Saturation is the largest share "
+        "of any clamp; operations are those of one step.</p>",
         _image(depth_plot(along), "SQNR along the layers"),
         "<h2>Float against integers: tensors</h2>",
         _image(sqnr_plot(tensors), "SQNR of tensors, cumulative and own"),
         _table(
-            ("tensor", "own SQNR", "SQNR", "cosine", "largest error", "saturation", "places", "bits", "seen"),
+            _TENSOR_HEAD,
             [
                 (
                     tensor["tensor"],
-                    _decibel(tensor["own_sqnr_db"]),
-                    _decibel(tensor["sqnr_db"]),
+                    tensor["own_sqnr_db"],
+                    tensor["sqnr_db"],
                     f"{tensor['cosine']:.5f}",
                     f"{tensor['largest_error']:.3g}",
                     _percent(tensor["saturation"]),
@@ -190,8 +199,8 @@ def _comparison(comparison: dict[str, Any]) -> list[str]:
             ],
             2,
         ),
-        "<p class=note>No real number of the range is further from what it gives, the rounding of the "
-        "index included; of a gain it is the step size that decay and gain make together.</p>",
+        "<p class=note>No real number of the range is further from what it gives: the rounding of the index "
+        "and what saturates are included. A gain's is that of the step size it makes with its decay.</p>",
     ]
 
 
@@ -216,8 +225,8 @@ def render_page(report: dict[str, Any]) -> str:
     comparison = report["comparison"]
     if comparison is not None:
         ratio = comparison["float_bytes"] / comparison["size_bytes"]
-        label = f"times smaller than {comparison['float_bytes']:,} bytes of float32"
-        tiles.append(_tile(f"{ratio:.2f}", label))
+        label = f"{comparison['float_bytes']:,} bytes of float32 beside the integers'"
+        tiles.append(_tile(f"{ratio:.2f} : 1", label))
     linear = [tensor for tensor in tensors if tensor["zero_share"] is not None]
     clamps = [tensor for tensor in tensors if tensor["saturation"] is not None]
     counts = report["operations_per_token"]

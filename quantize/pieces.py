@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -103,6 +104,15 @@ class Pieces:
         b = self.graph
         return b.add(name, "slice", source, frac=b.frac[source], start=start, stop=start + width)
 
+    def concat(self, name: str, parts: Sequence[str]) -> str:
+        """Channels of tensors one after the other, all rounded to the places of the coarsest."""
+        b = self.graph
+        if len(parts) == 1:
+            return parts[0]
+        frac = min(b.frac[part] for part in parts)
+        aligned = [b.shift(f"{part}_aligned", part, frac) for part in parts]
+        return b.add(name, "concat", *aligned, frac=frac)
+
     def places(self, observed: Observed, limit: int, channels: FloatArray | None = None) -> int:
         """Binary places of an activation; of its channels times 2^channels, if given."""
         if channels is not None:
@@ -181,14 +191,15 @@ class Pieces:
         total = b.add(f"{name}_lines", "add", total, frac=wide, constants={"value": lines.offset})
         return b.requantize(name, total, frac, limit)
 
-    def norm(self, name: str, source: str, eps: float, weight: FloatArray) -> tuple[str, FloatArray]:
+    def norm(self, name: str, source: str, eps: float, weight: FloatArray | None) -> tuple[str, FloatArray]:
         """x over its root mean square times a scale, and that scale of every channel of the result.
 
         With S = 2^t (sum xs^2 + d eps), R = isqrt(S) and K = s sqrt(d) 2^(t/2 + kappa): x K / R is
         2^kappa s x / rms, for any t and kappa that keep R exact and K / R inside the budget, and for any s:
         the one that fills the result's bits, which the matrix that reads it undoes. Channels that are small
-        have whole places more.
+        have whole places more. Where no matrix follows (``weight`` is None), s is a power of two.
         """
+        self.stands_for(source, f"{name}.source")
         b, c = self.graph, self.config
         d = b.types[source].shape[-1]
         room = b.max_bits - 1
@@ -215,12 +226,14 @@ class Pieces:
         root = b.add(f"{name}_root", "isqrt", scaled, frac=0)
         smallest = b.types[root].low
 
-        gains = equalisation(np.broadcast_to(self.seen[name].channels, d), weight, SPREAD)
+        gains = np.zeros(d, np.int64)
+        if weight is not None:
+            gains = equalisation(np.broadcast_to(self.seen[name].channels, d), weight, SPREAD)
         limit = c.activation_limit
         samples = self.seen[name].sample * np.exp2(gains)
         whole = activation_scale(samples, limit, c.scales, c.percentile)
         places = math.floor(math.log2(whole))
-        scale = whole * 2.0**-places
+        scale = whole * 2.0**-places if weight is not None else 1.0
         inverse_bits = room - int(gains.max()) - b.types[source].magnitude.bit_length()
         largest = min(smallest << inverse_bits, 1 << room)
         unit = scale * math.sqrt(d * 2.0**t)
@@ -240,6 +253,5 @@ class Pieces:
         product = b.add(f"{name}_product", "mul", source, spread, frac=frac)
         scales = scale * np.exp2(gains)
         normed = b.requantize(name, product, min(places, frac), limit)
-        self.stands_for(source, f"{name}.source")
         self.stands_for(normed, name, scales)
         return normed, scales

@@ -85,7 +85,7 @@ def sqnr_plot(tensors: Sequence[dict[str, Any]]) -> bytes:
     axes.set_yticks(range(len(shown)), [_literal(t["tensor"]) for t in shown], fontsize=8)
     axes.set_ylim(len(shown) - 0.4, -0.6)
     axes.set_xlim(*_decibels([t[key] for t in shown for key in ("sqnr_db", "own_sqnr_db")]))
-    axes.set_xlabel("SQNR, dB: longer is nearer to the float model; bars that reach the edge are equal")
+    axes.set_xlabel("SQNR, dB: longer is nearer to the float model; bars up to the right edge: equal")
     figure.legend(loc="outside upper right", ncols=2, frameon=False, fontsize=9)
     return _png(figure)
 

@@ -65,6 +65,17 @@ def step_size(p: Pieces, layer: str, dt: str, curve: Curve, decay_indices: list[
     return b.add(name, "table", t, frac=frac, constants={"values": fit.values}, low=fit.low)
 
 
+def even_state(p: Pieces, source: str) -> str:
+    """B or C with an entry more that is always zero, if they are odd: a state of ``ssd`` is made of pairs."""
+    b = p.graph
+    width = b.types[source].shape[-1]
+    if width % 2 == 0:
+        return source
+    last = p.part(f"{source}_last", source, width - 1, 1)
+    zero = b.add(f"{source}_zero", "mul", last, frac=b.frac[source], constants={"value": 0})
+    return b.add(f"{source}_even", "concat", source, zero, frac=b.frac[source])
+
+
 def scan(
     p: Pieces,
     layer: str,
@@ -169,6 +180,7 @@ def gate(p: Pieces, layer: str, y: str, z_in: str, activation: Activation) -> st
     at = f"{layer}.{{}}".format
     y_frac = min(p.places(p.seen[at("y")], c.internal_limit), b.frac[y])
     y = b.requantize(at("y"), y, y_frac, c.internal_limit)
+    p.stands_for(y, at("y"))
     z = p.index(at("z"), z_in, c.index_bits, LOWEST)
     gate_frac = p.places(p.seen[at("gate")], c.activation_limit)
     opened = p.activation(at("gate"), z, activation, gate_frac, c.activation_limit)

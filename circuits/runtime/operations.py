@@ -140,9 +140,15 @@ def _slice(b: Builder, node: Node, inputs: Sequence[str]) -> str:
     return b.slice(inputs[0], node.integer("start"), node.integer("stop"))
 
 
+def _concat(b: Builder, node: Node, inputs: Sequence[str]) -> str:
+    return b.concat(inputs, -1)
+
+
 def _reduce(b: Builder, node: Node, inputs: Sequence[str]) -> str:
     if node.attributes["kind"] == "sum":
         return b.sum(inputs[0], 1, keep=False)
+    if node.attributes["kind"] == "max":
+        return b.op("ReduceMax", inputs[0], b.sizes(1), keepdims=0)
     return b.op("Gather", inputs[0], b.initializer(np.array(-1, np.int64)), axis=1)
 
 
@@ -166,6 +172,7 @@ LOWERINGS: dict[str, Lowering] = {
     "isqrt": _isqrt,
     "div": _div,
     "slice": _slice,
+    "concat": _concat,
     "reduce": _reduce,
 }
 """One lowering for every operation of the integer graph, under its name."""

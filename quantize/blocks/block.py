@@ -6,7 +6,6 @@ from typing import Protocol
 
 from torch import Tensor
 
-from mamba_int.float_models.config import MambaConfig
 from mamba_int.float_models.models import MambaBlock
 from quantize.observations import Record
 from quantize.pieces import Pieces
@@ -18,14 +17,6 @@ class BlockConversion(Protocol):
     The forms are kept in pairs: what :meth:`build` asks of the observations, :meth:`trace` records, under
     names that begin with the layer's.
     """
-
-    def check(self, config: MambaConfig) -> None:
-        """Refuse what has no integer form.
-
-        Raises:
-            MambaintError: naming it.
-        """
-        ...
 
     def trace(self, record: Record, name: str, layer: MambaBlock, residual: Tensor) -> Tensor:
         """The float block in eval mode.

@@ -7,8 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mamba_int.errors import MambaintError
-from mamba_int.float_models.config import MambaConfig
 from mamba_int.float_models.mamba import MambaMixer
 from mamba_int.float_models.models import MambaBlock
 from mamba_int.float_models.scans import SELECTIVE_SCANS
@@ -16,10 +14,13 @@ from quantize.fits import log_step
 from quantize.observations import Record, record_norm
 from quantize.parameters import array, bias_of, conv_parameters
 from quantize.pieces import SPREAD, Pieces
-from quantize.scales import equalisation
-from quantize.state_space import convolve, gate, record_gain, scan, skip, step_size
+from quantize.scales import FloatArray, equalisation, places_for
+from quantize.state_space import convolve, even_state, gate, record_gain, scan, skip, step_size
 from triton_kernels.activation import activate
 from triton_kernels.causal_conv1d import causal_conv1d
+
+PARTS = ("dt", "B", "C")
+"""What x_proj gives, in this order."""
 
 
 class MambaConversion:
@@ -27,11 +28,6 @@ class MambaConversion:
 
     The heads of the scans are the channels, each with decays of its own.
     """
-
-    def check(self, config: MambaConfig) -> None:
-        """See ``BlockConversion``."""
-        if config.BCdt_norm:
-            raise MambaintError("BCdt_norm has no integer form here", "convert another model")
 
     def trace(self, record: Record, name: str, layer: MambaBlock, residual: Tensor) -> Tensor:
         """See ``BlockConversion``."""
@@ -49,7 +45,12 @@ class MambaConversion:
         index = at("x_index", causal_conv1d(at("x_in", u), weight, mixer.conv1d.bias, "identity"))
         values = at("x", activate(index, c.activation))
         parts = mixer.x_proj(values).split([c.rank, c.d_state, c.d_state], -1)
-        dt, B, C = (at(part, value) for part, value in zip(("dt", "B", "C"), parts, strict=True))
+        dt, B, C = (
+            record_norm(record, f"{name}.{part}", value, c.BCdt_norm_epsilon)
+            if c.BCdt_norm
+            else at(part, value)
+            for part, value in zip(PARTS, parts, strict=True)
+        )
         at("z", z)
         delta = F.linear(dt, mixer.dt_proj.weight)
         step = F.softplus(at("step_index", delta + mixer.dt_proj.bias))
@@ -98,27 +99,35 @@ class MambaConversion:
         at = f"{name}.{{}}".format
         N = m.d_state
         low_rank = p.linear(at("x_proj"), x, array(mixer.x_proj.weight), None)
-        parts, start = {}, 0
-        for part, width in (("dt", m.rank), ("B", N), ("C", N)):
+        weight = array(mixer.dt_proj.weight)
+        parts, scales, start = {}, np.ones(1), 0
+        for part, width in zip(PARTS, (m.rank, N, N), strict=True):
             wide = p.part(at(f"{part}_projected"), low_rank, start, width)
+            start += width
+            if m.BCdt_norm:
+                follows = weight if part == "dt" else None
+                parts[part], grown = self._normed(p, at(part), wide, m.BCdt_norm_epsilon, follows)
+                scales = grown if part == "dt" else scales
+                continue
             frac = min(p.places(p.seen[at(part)], limit), b.frac[wide])
             parts[part] = b.requantize(at(part), wide, frac, limit)
-            start += width
-        dt = p.linear(at("dt_proj"), parts["dt"], array(mixer.dt_proj.weight), bias_of(mixer.dt_proj))
+        dt = p.linear(at("dt_proj"), parts["dt"], weight, bias_of(mixer.dt_proj), scales)
         states = [at(f"state{n}") for n in range(N)]
         log_dt = step_size(p, name, dt, log_step(), [f"{state}.decay_index" for state in states])
         rates, total = np.exp(array(mixer.A_log)), ""
         for n, state in enumerate(states):
-            # A state of the operation is made of pairs: this entry and one that stays zero.
-            chosen = np.zeros((2, N), np.int64)
-            chosen[0, n] = 1
-            B, C = (
-                b.add(f"{state}.{part}", "linear", source, frac=b.frac[source], constants={"weight": chosen})
-                for part, source in (("B", parts["B"]), ("C", parts["C"]))
-            )
+            B, C = (even_state(p, p.part(f"{state}.{part}", parts[part], n, 1)) for part in "BC")
             largest_G = float(p.seen[at("B")].channels[n] * p.seen[at("C")].channels[n])
             y = scan(p, name, state, (x, B, C, log_dt), rates[:, n], 1, largest_G)
             if total:
                 y = b.shift(f"{state}.aligned", y, b.frac[total])
             total = b.add(f"{state}.sum", "add", total, y, frac=b.frac[y]) if total else y
         return total
+
+    def _normed(
+        self, p: Pieces, name: str, wide: str, eps: float, follows: FloatArray | None
+    ) -> tuple[str, FloatArray]:
+        """The norm without weights of dt, B or C (FalconMamba), before the matrix that follows."""
+        b, limit = p.graph, p.config.internal_limit
+        frac = min(places_for(p.seen[f"{name}.source"].largest, limit), b.frac[wide])
+        return p.norm(name, b.requantize(f"{name}_in", wide, frac, limit), eps, follows)

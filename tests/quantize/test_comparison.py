@@ -16,7 +16,7 @@ from mamba_int.errors import MambaintError
 from mamba_int.graph import Graph, IntArray, Node
 from mamba_int.interpreter import evaluate
 from quantize.calibration import FloatModel, trace
-from quantize.comparison import compare_with_float, layers_of
+from quantize.comparison import Comparison, compare_with_float, layers_of
 from quantize.comparison_text import worst_layers
 from quantize.float_mamba import PROVABLE, Conversion
 from quantize.sqnr import LARGEST_DB, sqnr_db
@@ -33,6 +33,12 @@ def last() -> Converted:
 @pytest.fixture(scope="module")
 def mamba() -> Converted:
     return converted("mamba_language")
+
+
+def compared(case: Converted, conversion: Conversion) -> Comparison:
+    """Another conversion in the place of that of ``case``."""
+    _, model, reals, integers = case
+    return compare_with_float(conversion, model, reals, integers)
 
 
 def with_node(conversion: Conversion, name: str, change: Callable[[Node], Node]) -> Conversion:
@@ -61,18 +67,20 @@ def test_no_tensor_of_a_healthy_model_has_a_forgotten_scale(name: str) -> None:
         trace(model, reals[:1], lambda tensor, value: recorded.add(tensor))
     for tensor in comparison.tensors:
         assert tensor.sqnr_db > 20 and tensor.own_sqnr_db > 20 and tensor.cosine > 0.99, tensor
-    compared = {tensor.tensor for tensor in comparison.tensors}
-    # All that is traced is compared, but for what only calibration needs.
-    left = {tensor.rpartition(".")[2] for tensor in recorded - compared}
-    assert left <= {"residual", "square", "G", "pooled"}, left
-    assert compared <= recorded and {"logits", "layer1.out", "final_norm.source"} <= compared
+    found = {tensor.tensor for tensor in comparison.tensors}
+    # All that is traced is compared, but for what only calibration needs, and for second names.
+    left = {tensor for tensor in recorded - found if tensor.rpartition(".")[2] not in {"square", "G"}}
+    second = {f"layer{i}.gated": f"layer{i}.gated_norm.source" for i in range(2)}
+    second |= {"residual": "layer0.norm.source", "pooled": "final_norm"}
+    assert {second[tensor] for tensor in left} <= found
+    assert found <= recorded and {"logits", "layer1.out", "final_norm.source"} <= found
 
 
 def test_sums_over_batches_are_those_of_whole_tensors(
     last: Converted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     conversion, model, reals, integers = last
-    whole = compare_with_float(*last)
+    whole = compared(last, conversion)
     told: list[tuple[int, int]] = []
     monkeypatch.setattr("quantize.comparison.BATCH_VALUES", 1)
     one = compare_with_float(*last, progress=lambda done, of: told.append((done, of)))
@@ -117,11 +125,11 @@ def test_sums_over_batches_are_those_of_whole_tensors(
 def test_what_is_broken_is_named_first_and_nothing_after_it(
     last: Converted, node: str, key: str, layer: str, tensor: str
 ) -> None:
-    conversion, *others = last
+    conversion = last[0]
     if node not in {n.name for n in conversion.graph.nodes if key in n.constants}:
         node = f"{node}_rows"
     broken = with_constant(conversion, node, key, lambda values: values[::-1].copy())
-    comparison = compare_with_float(broken, *others)
+    comparison = compared(last, broken)
     worst, *rest = comparison.tensors
     assert worst.tensor == tensor and worst.own_sqnr_db < 23, worst
     assert all(other.own_sqnr_db > 28 for other in rest), rest[0]
@@ -130,35 +138,36 @@ def test_what_is_broken_is_named_first_and_nothing_after_it(
 
 
 def test_a_broken_matrix_of_mamba_is_named_first(mamba: Converted) -> None:
-    conversion, *others = mamba
+    conversion = mamba[0]
     name = next(n.name for n in conversion.graph.nodes if n.name.startswith("layer0.out_proj"))
     broken = with_constant(conversion, name, "weight", lambda weight: weight[::-1].copy())
-    comparison = compare_with_float(broken, *others)
+    comparison = compared(mamba, broken)
     assert comparison.tensors[0].tensor == "layer0.out"
     assert comparison.tensors[0].own_sqnr_db < 15 < 25 < comparison.tensors[1].own_sqnr_db
 
 
 def test_a_scale_left_out_shows_as_noise(last: Converted, mamba: Converted) -> None:
-    for (conversion, *others), name in ((last, "layer0.norm"), (mamba, "layer0.gated")):
+    for case, name in ((last, "layer0.norm"), (mamba, "layer0.gated")):
+        conversion = case[0]
         counterpart = conversion.counterparts[name]
         assert counterpart.scales is not None
         forgotten = {**conversion.counterparts, name: dataclasses.replace(counterpart, scales=None)}
-        comparison = compare_with_float(dataclasses.replace(conversion, counterparts=forgotten), *others)
+        comparison = compared(case, dataclasses.replace(conversion, counterparts=forgotten))
         tensor = next(t for t in comparison.tensors if t.tensor == name)
         assert tensor.sqnr_db < 20
 
 
 def test_noise_that_is_inherited_is_not_a_layers_own(last: Converted) -> None:
-    conversion, *others = last
+    conversion = last[0]
     name = next(n.name for n in conversion.graph.nodes if n.name.startswith("layer0.out_proj"))
     broken = with_constant(conversion, name, "weight", lambda weight: weight[::-1].copy())
-    layers = {layer.layer: layer for layer in compare_with_float(broken, *others).layers}
+    layers = {layer.layer: layer for layer in compared(last, broken).layers}
     assert layers["layer1"].sqnr_db < 20 < layers["layer1"].own_sqnr_db
     assert layers["head"].cosine < 0.99
 
 
 def test_saturation_is_found_where_it_is(last: Converted) -> None:
-    conversion, *others = last
+    conversion = last[0]
     low = {"low": -3, "high": 3}
     # The x of layer 1 before its convolution is left three units.
     cut = with_node(
@@ -166,7 +175,7 @@ def test_saturation_is_found_where_it_is(last: Converted) -> None:
         conversion.counterparts["layer1.x_in"].node,
         lambda node: Node(node.name, "clamp", node.inputs, low | {"saturation": True}, {}, node.frac),
     )
-    comparison = compare_with_float(cut, *others)
+    comparison = compared(last, cut)
     assert comparison.layers[0].saturated == comparison.tensors[0].node
     assert comparison.tensors[0].tensor == "layer1.x_in"
     share = comparison.tensors[0].saturation
@@ -179,7 +188,7 @@ def test_zeros_are_numbers_too() -> None:
     assert sqnr_db(1.0, 0.01) == 20
     conversion, model, reals, integers = converted("language")
     with torch.no_grad():
-        model.backbone.layers[0].mixer.out_proj.weight.zero_()
+        dict(model.named_parameters())["backbone.layers.0.mixer.out_proj.weight"].zero_()
     comparison = compare_with_float(conversion, model, reals, integers)
     zero = next(t for t in comparison.tensors if t.tensor == "layer0.out")
     assert (zero.sqnr_db, zero.own_sqnr_db, zero.cosine) == (-LARGEST_DB, -LARGEST_DB, 0.0)
@@ -227,8 +236,10 @@ def test_layers_are_told_from_what_is_around_them(last: Converted) -> None:
 def test_inputs_that_cannot_be_compared_are_named(last: Converted) -> None:
     conversion, model, reals, integers = last
     for wrong in (integers[:3], integers[:0]):
-        with pytest.raises(MambaintError, match="same inputs"):
+        with pytest.raises(MambaintError, match="beside integers"):
             compare_with_float(conversion, model, reals[: len(wrong) and 4], wrong)
+    with pytest.raises(MambaintError, match="is not an integer"):
+        compare_with_float(conversion, model, reals, integers + 1)
     broken = reals.clone()
     broken[5, 2, 0] = torch.nan
     with pytest.raises(MambaintError, match=r"'layer0\.norm\.source'.*not finite"):

@@ -98,13 +98,12 @@ def test_a_converted_model_is_reported_beside_its_float_model(converted_report: 
         converted_report["model_id"],
         "62.50 %",
         "12,345",
-        f"{worst['own_sqnr_db']:.1f} dB",
+        f">{worst['own_sqnr_db']:.1f}<",
         "layer1.gated_norm.source",
         "worst first",
         "proven error",
     ):
         assert text in page
-    assert "nan" not in page.partition("<body>")[2].replace("data:image", "").lower().split()
 
 
 def test_the_terminal_shows_both_metrics_the_sizes_and_the_worst_layers_alone(

@@ -208,8 +208,8 @@ class Graph:
             ],
         }
 
-    def save(self, path: Path) -> None:
-        """Write the graph atomically: constants as safetensors, nodes as canonical JSON in its metadata."""
+    def encoded(self) -> bytes:
+        """The file: constants as safetensors, nodes as canonical JSON in its metadata."""
         tensors = {
             f"{node.name}:{key}": value.astype(smallest_dtype(value))
             for node in self.nodes
@@ -218,7 +218,11 @@ class Graph:
         # One key only: safetensors writes several in random order.
         document = {"graph": self._description, "model_id": self.model_id}
         metadata = {"mambaint": canonical_json(document).decode()}
-        write_bytes(path, save_tensors(tensors, metadata))
+        return save_tensors(tensors, metadata)
+
+    def save(self, path: Path) -> None:
+        """Write the file atomically."""
+        write_bytes(path, self.encoded())
 
     @classmethod
     def load(cls, path: Path) -> Graph:

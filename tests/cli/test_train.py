@@ -17,6 +17,7 @@ from cli.main import main
 from mamba_int.float_models.config import MambaConfig
 from mamba_int.training import load_checkpoint
 from mamba_int.training.metrics import read_metrics
+from mamba_int.training.model_config import arithmetic_of
 
 TINY = "[model]\nd_model = 16\nheaddim = 8\nd_state = 4\n[training]\nbatch_size = 8\nwarmup_steps = 2\n"
 
@@ -67,7 +68,7 @@ def test_json_is_all_that_stdout_holds_and_latest_points_to_the_checkpoint(
     assert kept.results["test_accuracy"] == report["test_accuracy"]
     assert kept.model_config.d_model == 16 and kept.integers
     twin = load_checkpoint(folder / "runs/digits/float-twin/checkpoint.safetensors")
-    assert twin.model_config.arithmetic == "float" and twin.training_config.learning_rate == 5e-3
+    assert arithmetic_of(twin.model_config) == "float" and twin.training_config.learning_rate == 5e-3
 
 
 def test_second_call_resumes_and_another_recipe_needs_restart(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -111,7 +112,7 @@ def test_half_precision_is_refused_where_it_would_round_integers(tmp_path: Path)
     ],
 )
 def test_float_model_of_another_shape_than_the_data_is_refused(
-    changes: dict[str, int], words: str, tmp_path: Path
+    changes: dict[str, Any], words: str, tmp_path: Path
 ) -> None:
     with pytest.raises(MambaintError, match=words):
         train(dataclasses.replace(CLASSES, **changes), RECIPE, make_data(), SOURCE, tmp_path, device="cpu")

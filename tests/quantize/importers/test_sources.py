@@ -30,6 +30,8 @@ from tests.quantize.importers.test_against_libraries import (
     save_state_spaces,
     scrambled,
 )
+from tests.quantize.importers.test_mamba_integer import tensors_of
+from tests.quantize.test_mamba_integer import model_of
 
 FORMAT = InputFormat(-64, 64, 5)
 
@@ -109,6 +111,17 @@ def capibara(layout: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]
     return write
 
 
+def mamba_integer(version: str) -> Callable[[Path], Path]:
+    def write(folder: Path) -> Path:
+        path = folder / "model.pt"
+        torch.save(
+            {f"_orig_mod.{name}": value for name, value in tensors_of(model_of(version)).items()}, path
+        )
+        return path
+
+    return write
+
+
 def ours(folder: Path) -> Path:
     config = MambaConfig(
         mixer="mamba2", n_features=3, d_model=8, n_layer=2, d_state=4, headdim=4, num_labels=4
@@ -127,6 +140,8 @@ SOURCES: dict[str, tuple[str, Callable[[Path], Path]]] = {
     "MiniMamba, first layout": ("minimamba", minimamba_first_layout),
     "MiniMamba classifier": ("minimamba", minimamba_classifier),
     "MiniMamba features": ("minimamba", minimamba_features),
+    "Mamba-Integer V1": ("mamba-integer", mamba_integer("mamba_integer_v1")),
+    "Mamba-Integer V2": ("mamba-integer", mamba_integer("mamba_integer_v2")),
     "Capibara": ("capibara", capibara(as_attributes)),
     "Capibara, Flax": ("capibara", capibara(as_flax("params/mamba_0/"))),
     "mambaint": ("mambaint", ours),
@@ -144,7 +159,7 @@ def test_a_source_becomes_integers_that_follow_its_floats(tmp_path: Path, source
         whole = torch.randint(FORMAT.low, FORMAT.high + 1, (24, 19, features))
         inputs, form = whole * 2.0**-FORMAT.frac, FORMAT
     else:
-        whole = inputs = torch.randint(0, VOCAB, (24, 19))
+        whole = inputs = torch.randint(0, model.config.vocab_size, (24, 19))
         form = None
     graph = convert(model, inputs, form).graph
     integers: IntArray = whole.numpy()

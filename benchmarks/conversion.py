@@ -21,7 +21,6 @@ from circuits.lowering import build_circuit
 from circuits.runtime.runner import OnnxRunner
 from mamba_int.datasets import ClassificationData, load_data
 from mamba_int.experiment import resolve
-from mamba_int.graph import IntArray
 from mamba_int.interpreter import evaluate
 from mamba_int.training import train
 from quantize.equality import compare, torch_tracer
@@ -71,14 +70,7 @@ def measure(task: FloatTask, form: str) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     graph, images, labels = conversion.graph, task.data.test_inputs.numpy(), task.data.test_labels.numpy()
     logits = evaluate(graph, images)
-    runner = OnnxRunner(graph)
-
-    def onnx_trace(batch: IntArray) -> dict[str, IntArray]:
-        tensors: dict[str, IntArray] = {}
-        runner(batch, tensors)
-        return tensors
-
-    equality = compare(graph, images, {"torch": torch_tracer(graph), "onnx": onnx_trace})
+    equality = compare(graph, images, {"torch": torch_tracer(graph), "onnx": OnnxRunner(graph)})
     with torch.no_grad():
         exact = task(task.data.test_inputs).numpy()
     found = logits * 2.0 ** -graph.by_name[graph.output].frac

@@ -190,16 +190,9 @@ def _conversion_config(options: ConversionOptions) -> ConversionConfig:
 def _compare(graph: Graph, onnx: bytes, inputs: IntArray) -> Equality:
     """Compare PyTorch and ONNX Runtime with NumPy on every tensor, and the file itself on the logits."""
     from circuits.runtime import OnnxRunner
-    from quantize.equality import compare, torch_tracer
+    from quantize.equality import Tracer, compare, torch_tracer
 
-    runner = OnnxRunner(graph)
-
-    def onnx_tracer(batch: IntArray) -> dict[str, IntArray]:
-        trace: dict[str, IntArray] = {}
-        runner(batch, trace)
-        return trace
-
-    tracers = {"PyTorch": torch_tracer(graph), "ONNX Runtime": onnx_tracer}
+    tracers: dict[str, Tracer] = {"PyTorch": torch_tracer(graph), "ONNX Runtime": OnnxRunner(graph)}
     return compare(graph, inputs, tracers, {"model.onnx": OnnxRunner(onnx)})
 
 

@@ -73,7 +73,8 @@ def calibrate(
             found = Moments.of(values)
             seen.moments = found if seen.moments is None else seen.moments + found
         kept = max(1, SAMPLES // batches // values.shape[1])
-        seen.samples.append(values[:: -(-len(values) // kept)])
+        # A copy: a view would keep all of the batch.
+        seen.samples.append(values[:: -(-len(values) // kept)].copy())
 
     device = next(model.parameters()).device
     with torch.no_grad():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,10 @@ from mamba_int.decoding_state import DecodingState
 from mamba_int.errors import MambaintError
 from mamba_int.graph import Graph, IntArray
 from mamba_int.interpreter import check_input
+from mamba_int.operations.base import Trace
+
+HELD_VALUES = 1 << 27
+"""Of the outputs of one run about so many values are held, unless a single one has more."""
 
 
 class OnnxRunner:
@@ -38,7 +44,7 @@ class OnnxRunner:
             return self._plain
         return session(runtime_onnx(self._model, True), self._threads)
 
-    def __call__(self, inputs: IntArray, trace: dict[str, IntArray] | None = None) -> IntArray:
+    def __call__(self, inputs: IntArray, trace: Trace | None = None) -> IntArray:
         """The logits of a batch.
 
         Args:
@@ -54,20 +60,41 @@ class OnnxRunner:
         """
         found = self._plain if trace is None else self._traced
         (source,) = found.get_inputs()
-        names = [output.name for output in found.get_outputs()]
-        wanted = names if trace is not None else names[:1]
-        try:
-            results = found.run(wanted, {source.name: inputs.astype(_dtype(source))})
-        except Exception as error:  # the exceptions of ONNX Runtime share no base class
-            raise MambaintError(
-                f"ONNX Runtime cannot run the model: {_first_line(error)}",
-                f"give an input of shape {source.shape}",
-            ) from error
-        values: list[IntArray] = [result.astype(np.int64) for result in results]
+        feed = {source.name: inputs.astype(_dtype(source))}
+        outputs = found.get_outputs()
+        groups = [[outputs[0].name]] if trace is None else _groups(outputs, len(inputs))
         if trace is not None:
             trace[source.name] = inputs
-            trace.update(zip(names, values, strict=True))
-        return values[0]
+        logits: IntArray = np.zeros(0, np.int64)
+        for names in groups:
+            try:
+                results = found.run(names, feed)
+            except Exception as error:  # the exceptions of ONNX Runtime share no base class
+                raise MambaintError(
+                    f"ONNX Runtime cannot run the model: {_first_line(error)}",
+                    f"give an input of shape {source.shape}",
+                ) from error
+            for name, result in zip(names, results, strict=True):
+                values: IntArray = result.astype(np.int64)
+                if trace is not None:
+                    trace[name] = values
+                if name == outputs[0].name:
+                    logits = values
+        return logits
+
+
+def _groups(outputs: Sequence[Any], batch: int) -> list[list[str]]:
+    """Names of outputs that are held together: a large model's would not all fit the memory."""
+    groups: list[list[str]] = []
+    held = HELD_VALUES
+    for output in outputs:
+        size = batch * prod(length for length in output.shape if isinstance(length, int))
+        if held + size > HELD_VALUES:
+            groups.append([])
+            held = 0
+        groups[-1].append(output.name)
+        held += size
+    return groups
 
 
 class OnnxDecoder:

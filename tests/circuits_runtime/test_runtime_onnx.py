@@ -23,12 +23,7 @@ def compare_all(graph: Graph, inputs: IntArray, traced: bytes | None = None) -> 
     """PyTorch and ONNX Runtime against the specification."""
     runner = OnnxRunner(traced if traced is not None else graph)
 
-    def trace_onnx(batch: IntArray) -> dict[str, IntArray]:
-        trace: dict[str, IntArray] = {}
-        runner(batch, trace)
-        return trace
-
-    tracers = {"torch": torch_tracer(graph), "onnx": trace_onnx}
+    tracers = {"torch": torch_tracer(graph), "onnx": runner}
     return compare(graph, inputs, tracers, {"logits": OnnxRunner(runtime_onnx(graph))})
 
 

@@ -13,7 +13,6 @@ from circuits.runtime.runner import OnnxRunner
 from mamba_int.errors import MambaintError
 from mamba_int.float_models.config import MambaConfig
 from mamba_int.float_models.models import MambaForSequenceClassification
-from mamba_int.graph import IntArray
 from quantize.calibration import calibrate
 from quantize.equality import compare, torch_tracer
 from quantize.float_mamba import PROVABLE, ConversionConfig, build, convert
@@ -56,14 +55,7 @@ def test_projections_are_ternary_and_nothing_else(
 def test_backends_compute_the_same_integers_of_ternary_rows(name: str) -> None:
     conversion, *_, integers = converted(name, RECONSTRUCTED)
     graph = conversion.graph
-    runner = OnnxRunner(graph)
-
-    def onnx_trace(batch: IntArray) -> dict[str, IntArray]:
-        tensors: dict[str, IntArray] = {}
-        runner(batch, tensors)
-        return tensors
-
-    equality = compare(graph, integers, {"torch": torch_tracer(graph), "onnx": onnx_trace})
+    equality = compare(graph, integers, {"torch": torch_tracer(graph), "onnx": OnnxRunner(graph)})
     assert equality.equal, equality.first
 
 

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 MOST_SEQUENCES = 2000
 MOST_WINDOWS = 4
 """Test inputs on which the backends are compared: sequences to classify, windows of text."""
+LARGE_TEXT = 1 << 10
+"""Models so large that fewer tokens are read to measure them are compared on one window."""
 
 Say = Callable[[str], None]
 
@@ -104,7 +106,7 @@ def _converted(checkpoint: FloatCheckpoint, options: ConversionOptions, say: Say
     from quantize.comparison import compare_with_float
     from quantize.float_checkpoint import pair_with_data
     from quantize.float_mamba import convert
-    from quantize.measurement import LARGEST_TEXT, sample_inputs
+    from quantize.measurement import sample_inputs, text_tokens
 
     def told(what: str) -> Callable[[int, int], None]:
         return lambda done, total: say(f"{what}, {done} of {total}")
@@ -122,8 +124,10 @@ def _converted(checkpoint: FloatCheckpoint, options: ConversionOptions, say: Say
     conversion = convert(model, task.inputs(integers), task.input_format, config, card, told("converting"))
     graph = conversion.graph
     say("scoring the float model")
-    score = evaluate(task, task.data, "test", torch.device("cpu"), task.evaluation_window, LARGEST_TEXT)
-    shown = sample_inputs(graph, task.data, MOST_SEQUENCES, MOST_WINDOWS)
+    tokens = text_tokens(graph)
+    window = min(task.evaluation_window, tokens)
+    score = evaluate(task, task.data, "test", torch.device("cpu"), window, tokens)
+    shown = sample_inputs(graph, task.data, MOST_SEQUENCES, _windows(graph))
     inputs = task.inputs(torch.from_numpy(shown))
     comparison = compare_with_float(conversion, model, inputs, shown, told("comparing with the floats"))
     trained = None if checkpoint.run is None else checkpoint.run.results.get(_test_key(score))
@@ -185,6 +189,12 @@ def _conversion_config(options: ConversionOptions) -> ConversionConfig:
     if options.reconstruct:
         values["reconstruct"] = True
     return dataclass_from_dict(ConversionConfig, values, "[conversion]")
+
+
+def _windows(graph: Graph) -> int:
+    from quantize.measurement import text_tokens
+
+    return MOST_WINDOWS if text_tokens(graph) >= LARGE_TEXT else 1
 
 
 def _compare(graph: Graph, onnx: bytes, inputs: IntArray) -> Equality:
@@ -351,7 +361,7 @@ def command(
         say("writing ONNX")
         onnx = runtime_onnx(graph)
         say("comparing NumPy, PyTorch and ONNX Runtime")
-        equality = _compare(graph, onnx, sample_inputs(graph, data, MOST_SEQUENCES, MOST_WINDOWS))
+        equality = _compare(graph, onnx, sample_inputs(graph, data, MOST_SEQUENCES, _windows(graph)))
         _require_equal(equality)
         say("measuring the integer model")
         measurement = measure(graph, data, found.window)

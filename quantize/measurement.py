@@ -21,6 +21,9 @@ TOKENS = 1024
 """A batch of classification; the tokens of a batch of text."""
 LARGEST_TEXT = 1 << 17
 """Tokens of a longer test text are read in windows spread evenly over it."""
+LARGEST_WORK = 1 << 36
+"""Products of weights and activations that a measurement in int64 may take, some minutes: fewer tokens of
+large models."""
 
 
 @dataclass
@@ -59,8 +62,14 @@ class Measurement:
     observed: dict[str, Observed] = field(default_factory=dict)
 
 
+def text_tokens(graph: Graph) -> int:
+    """About so many tokens of a text are read to measure a model."""
+    weights = sum(array.size for node in graph.nodes for array in node.constants.values())
+    return max(1, min(LARGEST_TEXT, LARGEST_WORK // max(1, weights)))
+
+
 def measure(graph: Graph, data: ClassificationData | TextData, window: int) -> Measurement:
-    """Run the test split.
+    """Run the test split, or :func:`text_tokens` of it.
 
     Args:
         graph: the model.
@@ -141,11 +150,12 @@ def _measure_classes(graph: Graph, data: Any) -> Measurement:
 
 def _measure_text(graph: Graph, data: Any, window: int) -> Measurement:
     length = len(_split(data, "test"))
-    window = min(window, length - 1)
+    tokens = text_tokens(graph)
+    window = min(window, length - 1, tokens)
     if window < 1:
         raise MambaintError(f"the test split has {length} tokens", "give a longer text")
     starts = np.arange((length - 1) // window) * window
-    kept = max(1, LARGEST_TEXT // window)
+    kept = max(1, tokens // window)
     if len(starts) > kept:
         starts = starts[np.arange(kept) * len(starts) // kept]
     observed: dict[str, Observed] = {}

@@ -63,7 +63,7 @@ def make_report(
         checkpoint_metric: what training measured on the test split, if it did. twin: of the float twin.
         comparison: of a converted model with the float model that it comes from.
         float_score: of that float model, on the same test split
-            (``mamba_int.training.evaluate`` of at most ``quantize.measurement.LARGEST_TEXT`` tokens).
+            (``mamba_int.training.evaluate`` of ``quantize.measurement.text_tokens``).
         file_bytes: size of the graph's file, if it is written.
 
     Raises:

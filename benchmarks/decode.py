@@ -1,26 +1,29 @@
 """Tokens per second of decoding: batch 1, 16 and 128, CUDA graph replays beside eager steps.
 
-``python -m benchmarks.decode [cpu|cuda] [char|large]`` prints the rows as JSON. The weights are random: what
-a token costs does not depend on them.
+``python -m benchmarks.decode [cpu|cuda]`` prints a table and writes ``results/decode-DEVICE.json`` beside it.
+The weights are random: what a token costs does not depend on them.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 
+from benchmarks.hardware import hardware
 from mamba_int.config import MambaIntConfig
 from mamba_int.decoder import Decoder
+from mamba_int.files import write_json
 from mamba_int.graph import Graph
 from mamba_int.model import MambaInt
 from mamba_int.native import build_nodes
 from mamba_int.passes import optimize
 
+RESULTS = Path(__file__).parent / "results"
 BATCHES = (1, 16, 128)
 SECONDS = 2.0
 """About as long is measured, after a warm-up of whole chunks."""
@@ -133,11 +136,19 @@ def _wait(device: str) -> None:
 
 
 def main() -> None:
-    """Measure one model on one device and print the rows."""
-    device, config = [*sys.argv[1:], *("cpu", "char")[len(sys.argv) - 1 :]]
+    """Measure both models on one device."""
+    device = sys.argv[1] if len(sys.argv) > 1 else "cpu"
     torch.set_num_threads(1)
-    rows = measure_decode(random_language_model(CONFIGS[config]), device)
-    print(json.dumps([asdict(row) for row in rows], indent=2))
+    measured = {}
+    for name, config in CONFIGS.items():
+        measured[name] = [asdict(row) for row in measure_decode(random_language_model(config), device)]
+        for row in measured[name]:
+            print(
+                f"{name:<6} {row['mode']:<6} batch {row['batch']:<4} {row['milliseconds']:>9.3f} ms "
+                f"{row['tokens_per_second']:>11,.0f} tokens/s",
+                flush=True,
+            )
+        write_json(RESULTS / f"decode-{device}.json", {"hardware": hardware(), "models": measured})
 
 
 if __name__ == "__main__":

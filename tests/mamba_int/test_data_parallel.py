@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from cli.train import command
@@ -111,6 +112,28 @@ def test_a_fault_of_one_process_is_told_by_both(reports: list[Report]) -> None:
 
 def test_weights_that_drift_apart_by_one_bit_are_noticed(reports: list[Report]) -> None:
     assert all("no longer hold the same weights" in report["drift"] for report in reports)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_train_what_one_does(tmp_path: Path) -> None:
+    """Gradients left unreduced, or a captured step that reads the other's batch, would show."""
+    arguments = ["-m", "cli.main", "train", "--preset", "char", "--steps", "40", "--device", "cuda", "--json"]
+    done = torchrun(*arguments, "--out", "two", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    alone = subprocess.run(
+        [sys.executable, *arguments, "--out", "one"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert alone.returncode == 0, alone.stderr
+    assert json.loads(done.stdout)["steps"] == 40
+    two, one = (read_metrics(tmp_path / name / METRICS_FILE) for name in ("two", "one"))
+    for row, other in zip(two, one, strict=True):
+        assert row["loss"] == pytest.approx(other["loss"], rel=3e-2)
 
 
 def test_the_command_prints_once_and_writes_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

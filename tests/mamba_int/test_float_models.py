@@ -498,6 +498,11 @@ def test_a_training_step_on_a_gpu_waits_for_the_host_or_differs(mixer: str) -> N
     exact = MambaForCausalLM(config).double()
     exact.load_state_dict(model.state_dict())
     exact(ids, labels=ids).loss.backward()
+    rounded = MambaForCausalLM(config)
+    rounded.load_state_dict(model.state_dict())
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded_loss: Tensor = rounded(ids, labels=ids).loss
+    rounded_loss.backward()
     model.cuda()
     static = ids.cuda()
 
@@ -517,10 +522,16 @@ def test_a_training_step_on_a_gpu_waits_for_the_host_or_differs(mixer: str) -> N
         loss = step()
     graph.replay()
     assert float(loss) == pytest.approx(float(exact(ids, labels=ids).loss), rel=2e-3)
-    for (name, p), q in zip(model.named_parameters(), exact.parameters(), strict=True):
-        assert p.grad is not None and q.grad is not None
-        error = (p.grad.double().cpu() - q.grad).norm() / q.grad.norm()
-        assert float(error) < 5e-2, name
+
+    def error(found: Tensor | None, wanted: Tensor | None) -> float:
+        assert found is not None and wanted is not None
+        return float((found.double().cpu() - wanted).norm() / wanted.norm())
+
+    # bfloat16 itself moves some gradients by 7 %: the kernels may not add much to what it does on a CPU.
+    for (name, p), q, r in zip(
+        model.named_parameters(), exact.parameters(), rounded.parameters(), strict=True
+    ):
+        assert error(p.grad, q.grad) < 1.5 * error(r.grad, q.grad) + 5e-3, name
 
 
 @pytest.mark.gpu

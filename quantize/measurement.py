@@ -64,7 +64,7 @@ class Measurement:
 
 def text_tokens(graph: Graph) -> int:
     """About so many tokens of a text are read to measure a model."""
-    weights = sum(array.size for node in graph.nodes for array in node.constants.values())
+    weights = sum(int(array.size) for node in graph.nodes for array in node.constants.values())
     return max(1, min(LARGEST_TEXT, LARGEST_WORK // max(1, weights)))
 
 

@@ -85,11 +85,17 @@ def finetune(
         progress: told after every step.
 
     Raises:
-        MambaintError: for a mixer without an integer form, or if the loss of a step is not finite.
+        MambaintError: for a mixer without an integer form, or with ternary projections of its own, or if the
+            loss of a step is not finite.
     """
     recipe = config or FinetuneConfig()
     student = copy.deepcopy(model)
     projections = fold_norms(student)
+    if not projections:
+        raise MambaintError(
+            f"the projections of the mixer '{model.config.mixer}' are ternary already",
+            "leave out fine-tuning",
+        )
     latent = [linear.weight for linear in projections]
     for linear in projections:
         parametrize.register_parametrization(linear, "weight", Ternarization())

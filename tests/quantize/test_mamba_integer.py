@@ -22,6 +22,7 @@ from mamba_int.interpreter import evaluate
 from quantize.bit_shift_norm import bit_shift_norm, record_bit_shift_norm
 from quantize.calibration import trace
 from quantize.equality import compare, torch_tracer
+from quantize.finetuning import finetune
 from quantize.float_mamba import PROVABLE, Conversion, ConversionConfig, convert
 from quantize.importers import load_float_model
 from quantize.observations import Observed
@@ -190,3 +191,8 @@ def test_the_circuit_refuses_the_truth_or_accepts_another_token(version: str) ->
     lie.public["logits"] = lie.public["logits"][::-1]
     assert lie.public["logits"] != honest.public["logits"]
     assert mock(lowered.circuit, [honest, lie]) == [True, False]
+
+
+def test_ternary_matrices_are_not_made_ternary_again() -> None:
+    with pytest.raises(MambaintError, match="are ternary already"):
+        finetune(model_of(VERSIONS[0]), lambda step: (tokens(), tokens()))

@@ -7,6 +7,7 @@ parameters, the residual stream, states and sums stay float32.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,9 @@ from torch.utils.checkpoint import checkpoint
 from mamba_int.errors import MambaintError
 
 # Importing a mixer registers it.
-from mamba_int.float_models import complex_mamba, mamba, mamba2  # noqa: F401
+from mamba_int.float_models import complex_mamba, mamba, mamba2, mamba_integer  # noqa: F401
+from mamba_int.float_models.bit_linear import BitLinear
+from mamba_int.float_models.bit_shift_norm import BitShiftNorm
 from mamba_int.float_models.cache import MambaCache
 from mamba_int.float_models.checkpoint import SafetensorsReader, read_config
 from mamba_int.float_models.config import MambaConfig, Pooling
@@ -56,12 +59,20 @@ class RMSNorm(nn.Module):
         return add_rms_norm(x, self.weight, residual, self.eps, out_dtype, residual_dtype)
 
 
+def build_norm(config: MambaConfig) -> RMSNorm | BitShiftNorm:
+    """The norm that a configuration names, of the residual stream."""
+    c = config
+    if c.norm == "bit_shift":
+        return BitShiftNorm(c.d_model, c.norm_min_shift, c.norm_max_shift, c.residual_in_fp32)
+    return RMSNorm(c.d_model, c.norm_epsilon, c.residual_in_fp32)
+
+
 class MambaBlock(nn.Module):
     """Norm and mixer of a layer; the residual is carried beside."""
 
     def __init__(self, config: MambaConfig) -> None:
         super().__init__()
-        self.norm = RMSNorm(config.d_model, config.norm_epsilon, config.residual_in_fp32)
+        self.norm = build_norm(config)
         self.mixer = build_mixer(config)
 
     def forward(
@@ -83,9 +94,10 @@ class MambaBackbone(nn.Module):
             self.embeddings = nn.Linear(c.n_features, c.d_model)
         else:
             self.embeddings = nn.Embedding(c.padded_vocab_size, c.d_model)
-            nn.init.normal_(self.embeddings.weight, std=0.02)
+            # A norm by powers of two raises small vectors by 2^-norm_min_shift at most.
+            nn.init.normal_(self.embeddings.weight, std=1.0 if c.norm == "bit_shift" else 0.02)
         self.layers = nn.ModuleList(MambaBlock(c) for _ in range(c.n_layer))
-        self.norm_f = RMSNorm(c.d_model, c.norm_epsilon, c.residual_in_fp32)
+        self.norm_f = build_norm(c)
         self.gradient_checkpointing = False
         with torch.no_grad():
             for name, parameter in self.named_parameters():
@@ -163,7 +175,7 @@ class MambaModel(nn.Module):
             key = name.rpartition(".")[2]
             if name == "backbone.embeddings.weight" and not self.config.n_features:
                 roles["embeddings"].append(parameter)
-            elif key in ("A_log", "A_imag", "dt_bias") or name.endswith("dt_proj.bias"):
+            elif key in ("A_log", "A_imag", "dt_bias", "base_decay_nums") or name.endswith("dt_proj.bias"):
                 roles["decays"].append(parameter)
             else:
                 matrix = key == "weight" and parameter.ndim == 2
@@ -253,7 +265,8 @@ class MambaForCausalLM(MambaModel):
                 f"[model] n_features = {config.n_features}", "a language model reads tokens: set it to 0"
             )
         super().__init__(config)
-        self.lm_head = nn.Linear(config.d_model, config.padded_vocab_size, bias=False)
+        make = BitLinear if config.head == "bit_linear" else nn.Linear
+        self.lm_head = make(config.d_model, config.padded_vocab_size, bias=False)
         if config.tie_embeddings:
             assert isinstance(self.backbone.embeddings, nn.Embedding)
             self.lm_head.weight = self.backbone.embeddings.weight
@@ -287,6 +300,8 @@ class MambaForCausalLM(MambaModel):
     def logits(self, hidden: Tensor) -> Tensor:
         """The head on hidden states, without the rows that pad the vocabulary."""
         logits: Tensor = self.lm_head(hidden)
+        if self.config.scale_logits:
+            logits = logits / math.sqrt(self.config.d_model)
         if logits.shape[-1] == self.config.vocab_size:
             return logits
         return logits[..., : self.config.vocab_size]

@@ -119,7 +119,9 @@ def _converted(checkpoint: FloatCheckpoint, options: ConversionOptions, say: Say
             raise MambaintError("--finetune is for ternary weights", "add --weights ternary")
         model = _finetuned(task, options.finetune, say)
     integers = task.calibration(options.samples, config.seq_len or None)
-    card = task.card(config.seq_len or integers.shape[1]) | {"finetune_steps": options.finetune or 0}
+    card = task.card(config.seq_len or integers.shape[1])
+    if options.finetune is not None:
+        card["finetune_steps"] = options.finetune
     say(f"calibrating on {len(integers)} inputs")
     conversion = convert(model, task.inputs(integers), task.input_format, config, card, told("converting"))
     graph = conversion.graph

@@ -255,3 +255,10 @@ def test_data_of_a_float_run_that_changed_is_refused_unless_given(folder: Path, 
     code, _, fault = cli("quantize", "lm.safetensors", "--out", "q")
     assert code == 2 and "has changed since the training" in fault
     assert cli("quantize", "lm.safetensors", "--out", "q", "--data", "t.txt", "--samples", "2")[0] == 0
+
+
+def test_the_command_and_python_make_one_model(folder: Path, cli: Cli) -> None:
+    write_float_run(folder / "run.safetensors", DIGITS)
+    code, out, _ = cli("quantize", "run.safetensors", "--samples", "4", "--json", "--out", "q")
+    assert code == 0
+    assert json.loads(out)["model_id"] == quantize(folder / "run.safetensors", samples=4).model_id

@@ -15,6 +15,7 @@ from mamba_int.datasets import ClassificationData, DataSource, load_data, source
 from mamba_int.graph import Graph, IntArray
 from mamba_int.interpreter import evaluate
 from mamba_int.operations.base import Trace
+from quantize import quantize
 from tests.cli.conftest import Cli
 from tests.quantize.float_checkpoints import write_float_run, write_foreign
 

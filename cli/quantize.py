@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,8 @@ MOST_SEQUENCES = 2000
 MOST_WINDOWS = 4
 """Test inputs on which the backends are compared: sequences to classify, windows of text."""
 LARGE_TEXT = 1 << 10
-"""Models so large that fewer tokens are read to measure them are compared on one window."""
+"""Models so large that fewer tokens are read to measure them are compared on one window, and on every tensor
+at its first steps."""
 
 Say = Callable[[str], None]
 
@@ -204,8 +205,30 @@ def _compare(graph: Graph, onnx: bytes, inputs: IntArray) -> Equality:
     from circuits.runtime import OnnxRunner
     from quantize.equality import Tracer, compare, torch_tracer
 
-    tracers: dict[str, Tracer] = {"PyTorch": torch_tracer(graph), "ONNX Runtime": OnnxRunner(graph)}
-    return compare(graph, inputs, tracers, {"model.onnx": OnnxRunner(onnx)})
+    short = _traced(graph)
+    tracers: dict[str, Tracer] = {"PyTorch": torch_tracer(short), "ONNX Runtime": OnnxRunner(short)}
+    runners = {"model.onnx": OnnxRunner(onnx)}
+    if short is graph:
+        return compare(graph, inputs, tracers, runners)
+    every = compare(short, inputs[:, : short.seq_len], tracers)
+    logits = compare(graph, inputs, {}, runners)
+    return replace(
+        every,
+        backends=(*every.backends, *logits.backends),
+        values=every.values + logits.values,
+        mismatches=every.mismatches + logits.mismatches,
+        first=every.first or logits.first,
+    )
+
+
+def _traced(graph: Graph) -> Graph:
+    """The graph at the steps at which every tensor is compared: of large models a chunk and one more."""
+    from quantize.measurement import text_tokens
+
+    if text_tokens(graph) >= LARGE_TEXT:
+        return graph
+    chunk = max((node.integer("chunk_size") for node in graph.nodes if node.op == "ssd"), default=1)
+    return replace(graph, seq_len=chunk + 1) if graph.seq_len > chunk + 1 else graph
 
 
 def _require_equal(equality: Equality) -> None:

@@ -21,7 +21,7 @@ TOKENS = 1024
 """A batch of classification; the tokens of a batch of text."""
 LARGEST_TEXT = 1 << 17
 """Tokens of a longer test text are read in windows spread evenly over it."""
-LARGEST_WORK = 1 << 36
+LARGEST_WORK = 1 << 35
 """Products of weights and activations that a measurement in int64 may take, some minutes: fewer tokens of
 large models."""
 

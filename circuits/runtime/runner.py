@@ -17,7 +17,7 @@ from mamba_int.graph import Graph, IntArray
 from mamba_int.interpreter import check_input
 from mamba_int.operations.base import Trace
 
-HELD_VALUES = 1 << 27
+HELD_VALUES = 1 << 26
 """Of the outputs of one run about so many values are held, unless a single one has more."""
 
 

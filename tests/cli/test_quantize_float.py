@@ -263,3 +263,23 @@ def test_the_command_and_python_make_one_model(folder: Path, cli: Cli) -> None:
     code, out, _ = cli("quantize", "run.safetensors", "--samples", "4", "--json", "--out", "q")
     assert code == 0
     assert json.loads(out)["model_id"] == quantize(folder / "run.safetensors", samples=4).model_id
+
+
+def test_a_large_model_is_compared_on_fewer_steps_but_on_every_tensor(
+    folder: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_float_run(folder / "lm.safetensors", source_from_path("t.txt"))
+    whole = json.loads(cli("quantize", "lm.safetensors", "--samples", "2", "--json", "--out", "q")[1])
+    monkeypatch.setattr("cli.quantize.LARGE_TEXT", 1 << 30)
+    few = json.loads(cli("quantize", "lm.safetensors", "--samples", "2", "--json", "--out", "r")[1])
+    assert few["equal_numpy_torch_onnx"] and few["values_compared"] < whole["values_compared"]
+    assert few["model_id"] == whole["model_id"]
+    honest = OnnxRunner.__call__
+
+    def lying(self: OnnxRunner, inputs: IntArray, trace: Trace | None = None) -> IntArray:
+        logits = honest(self, inputs, trace)
+        return logits if trace is not None else logits + 1
+
+    monkeypatch.setattr(OnnxRunner, "__call__", lying)
+    code, _, fault = cli("quantize", "lm.safetensors", "--samples", "2", "--out", "s")
+    assert code == 2 and "model.onnx differs" in fault and not (folder / "s").exists()

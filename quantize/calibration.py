@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,9 +22,6 @@ from quantize.bit_shift_norm import record_bit_shift_norm
 from quantize.blocks.entrance import Layer
 from quantize.blocks.registry import block_conversion
 from quantize.observations import Moments, Observations, Observed, Record, record_norm
-
-if TYPE_CHECKING:
-    pass
 
 SAMPLES = 1 << 16
 """About as many values of a tensor are kept, in whole rows, spread evenly over the batches."""

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-gpu check bench-digits bench-proving bench-estimate bench-gpu bench-char clean
+.PHONY: setup demo test test-gpu check bench-digits bench-proving bench-estimate bench-gpu bench-char bench-conversion bench-char-conversion clean
 
 setup: $(STAMP)
 
@@ -43,6 +43,16 @@ bench-gpu: setup
 # Three minutes on a GPU: ten million parameters on bytes of Moby Dick, ternary, int8 and float.
 bench-char: setup
 	$(BIN)/python -m benchmarks.char
+
+# Ten minutes on a quiet machine: float models trained, converted and compared; sizes; ONNX Runtime beside floats.
+bench-conversion: setup
+	$(BIN)/python -m benchmarks.conversion
+	$(BIN)/python -m benchmarks.conversion_size
+	$(BIN)/python -m benchmarks.onnx_runtime
+
+# Two minutes on a GPU: a float text model, its int8 and ternary forms, fine-tuned.
+bench-char-conversion: setup
+	$(BIN)/python -m benchmarks.char_conversion
 
 check: setup
 	$(BIN)/ruff check .

@@ -29,7 +29,7 @@ def trained(form: str, preset: str = "char-large", **recipe: Any) -> dict[str, A
     data = load_data(experiment.source)
     if form == "int8":
         experiment.model["weights"] = "int8"
-    model = experiment.model_config(data, "float" if form == "float" else "integer")
+    model = experiment.twin_config(data) if form == "float" else experiment.model_config(data)
     config = dataclasses.replace(experiment.training, **recipe)
     if form == "float":
         config = config.twin()

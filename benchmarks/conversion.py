@@ -1,13 +1,14 @@
 """Float digits classifiers, Mamba and Mamba-2, trained here, and converted: accuracy before and after.
 
 Run ``python -m benchmarks.conversion``; results go to ``benchmarks/results/conversion.json`` with hardware
-and versions.
+and versions. The models are those of the presets ``digits-mamba`` and ``digits-mamba2``.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -16,34 +17,24 @@ import numpy as np
 import torch
 
 from benchmarks.hardware import hardware
+from circuits.lowering import build_circuit
 from circuits.runtime.runner import OnnxRunner
-from mamba_int.datasets import ClassificationData
-from mamba_int.datasets.embedded import load_digits
-from mamba_int.float_models.config import MambaConfig
-from mamba_int.float_models.models import MambaForSequenceClassification
-from mamba_int.graph import IntArray
+from mamba_int.datasets import ClassificationData, load_data
+from mamba_int.experiment import resolve
 from mamba_int.interpreter import evaluate
+from mamba_int.training import train
 from quantize.equality import compare, torch_tracer
-from quantize.float_mamba import PROVABLE, ConversionConfig, InputFormat, convert
+from quantize.float_checkpoint import FloatTask, pair_with_data, read_float_checkpoint
+from quantize.float_mamba import PROVABLE, ConversionConfig, convert
 
 RESULT = Path(__file__).parent / "results" / "conversion.json"
-FORMAT = InputFormat(0, 16, 4)
-"""Pixels 0..16 as 0..1."""
-MIXERS = ("mamba2", "mamba")
-MODEL = MambaConfig(
-    n_features=8,
-    d_model=32,
-    n_layer=1,
-    d_state=16,
-    headdim=16,
-    num_labels=10,
-    pooling="mean",
-    dt_max=0.5,
-    scan_type="sequential",
-)
-EPOCHS = 60
-BATCH = 64
-CALIBRATION = 256
+MIXERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "mamba2": ("digits-mamba2", {}),
+    "mamba": ("digits-mamba", {}),
+    # Every entry of the state is a scan of its own: four of them make a circuit of a few seconds.
+    "mamba_d_state_4": ("digits-mamba", {"d_state": 4}),
+}
+"""The preset of each model, and what changes in it."""
 FORMS = {
     "default": ConversionConfig(),
     "percentile": ConversionConfig(scales="percentile"),
@@ -52,80 +43,72 @@ FORMS = {
 }
 
 
-def reals(integers: torch.Tensor) -> torch.Tensor:
-    """What the float model reads."""
-    return integers * 2.0**-FORMAT.frac
+def trained(mixer: str, seed: int) -> FloatTask:
+    """The float model of a preset, with its data."""
+    preset, changes = MIXERS[mixer]
+    experiment = resolve(preset, seed=seed)
+    experiment.model.update(changes)
+    data = load_data(experiment.source)
+    with tempfile.TemporaryDirectory() as folder:
+        train(
+            experiment.model_config(data),
+            experiment.training,
+            data,
+            experiment.source,
+            Path(folder),
+            device="cpu",
+        )
+        return pair_with_data(read_float_checkpoint(Path(folder)), None)
 
 
-def train(data: ClassificationData, mixer: str, seed: int) -> MambaForSequenceClassification:
-    """The float model after a cosine schedule of AdamW."""
-    torch.manual_seed(seed)
-    model = MambaForSequenceClassification(dataclasses.replace(MODEL, mixer=mixer)).train()
-    optimizer = torch.optim.AdamW(model.parameters(), 4e-3, weight_decay=0.05)
-    inputs, labels = reals(data.train_inputs), data.train_labels.long()
-    steps = EPOCHS * (len(inputs) // BATCH)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
-    for _ in range(EPOCHS):
-        order = torch.randperm(len(inputs))
-        for rows in order[: len(order) // BATCH * BATCH].split(BATCH):
-            optimizer.zero_grad()
-            loss = model(inputs[rows], labels=labels[rows]).loss
-            assert loss is not None
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-    return model.eval()
-
-
-def measure(model: MambaForSequenceClassification, data: ClassificationData, form: str) -> dict[str, Any]:
+def measure(task: FloatTask, form: str) -> dict[str, Any]:
     """Convert, and run all test images in three backends."""
+    assert isinstance(task.data, ClassificationData)
     start = time.perf_counter()
-    conversion = convert(model, reals(data.train_inputs[:CALIBRATION]), FORMAT, FORMS[form])
+    calibration = task.inputs(task.calibration())
+    conversion = convert(task.model, calibration, task.input_format, FORMS[form])
     seconds = time.perf_counter() - start
-    graph, images, labels = conversion.graph, data.test_inputs.numpy(), data.test_labels.numpy()
+    graph, images, labels = conversion.graph, task.data.test_inputs.numpy(), task.data.test_labels.numpy()
     logits = evaluate(graph, images)
-    runner = OnnxRunner(graph)
-
-    def onnx_trace(batch: IntArray) -> dict[str, IntArray]:
-        tensors: dict[str, IntArray] = {}
-        runner(batch, tensors)
-        return tensors
-
-    equality = compare(graph, images, {"torch": torch_tracer(graph), "onnx": onnx_trace})
+    equality = compare(graph, images, {"torch": torch_tracer(graph), "onnx": OnnxRunner(graph)})
     with torch.no_grad():
-        exact = model(reals(data.test_inputs)).logits.numpy()
+        exact = task(task.data.test_inputs).numpy()
     found = logits * 2.0 ** -graph.by_name[graph.output].frac
-    return {
+    result: dict[str, Any] = {}
+    if form == "provable":
+        circuit = build_circuit(graph).circuit
+        result = {"rows": circuit.rows, "logrows": circuit.logrows}
+    return result | {
         "accuracy": float((logits.argmax(-1) == labels).mean()),
         "agreement": float((logits.argmax(-1) == exact.argmax(-1)).mean()),
         "logits_sqnr_db": round(float(10 * np.log10(exact.var() / np.square(found - exact).mean())), 2),
         "max_bits": graph.max_bits,
         "nodes": len(graph.nodes),
+        "forms": {name: [fit.pieces, round(fit.error, 4)] for name, fit in conversion.tables.items()},
         "convert_seconds": round(seconds, 2),
         "equality": dataclasses.asdict(equality),
     }
 
 
-def measure_seeds(data: ClassificationData, mixer: str, seeds: int) -> dict[str, Any]:
+def measure_seeds(mixer: str, seeds: int) -> dict[str, Any]:
     """Train at every seed, convert in every form; means and all runs."""
     runs = []
     for seed in range(seeds):
         start = time.perf_counter()
-        model = train(data, mixer, seed)
-        with torch.no_grad():
-            predicted = model(reals(data.test_inputs)).logits.argmax(-1)
+        task = trained(mixer, seed)
+        assert task.checkpoint.run is not None
         run: dict[str, Any] = {
             "seed": seed,
-            "float_accuracy": float((predicted == data.test_labels).double().mean()),
+            "float_accuracy": task.checkpoint.run.results["test_accuracy"],
             "train_seconds": round(time.perf_counter() - start, 1),
         }
         for form in FORMS:
-            run[form] = measure(model, data, form)
+            run[form] = measure(task, form)
             accuracy, sqnr = run[form]["accuracy"], run[form]["logits_sqnr_db"]
             print(f"{mixer} {seed}: float {run['float_accuracy']:.4f}, {form} {accuracy:.4f}, {sqnr} dB")
         runs.append(run)
     return {
+        "model": task.model.config.to_dict(),
         "mean_float_accuracy": float(np.mean([run["float_accuracy"] for run in runs])),
         "mean_accuracy": {form: float(np.mean([run[form]["accuracy"] for run in runs])) for form in FORMS},
         "runs": runs,
@@ -135,10 +118,9 @@ def measure_seeds(data: ClassificationData, mixer: str, seeds: int) -> dict[str,
 def main(seeds: int = 3) -> None:
     """Measure everything and write the result file."""
     torch.set_num_threads(1)
-    data = load_digits()
-    result: dict[str, Any] = {"hardware": hardware(), "model": MODEL.to_dict()}
+    result: dict[str, Any] = {"hardware": hardware()}
     for mixer in MIXERS:
-        result[mixer] = measure_seeds(data, mixer, seeds)
+        result[mixer] = measure_seeds(mixer, seeds)
     RESULT.parent.mkdir(exist_ok=True)
     RESULT.write_text(json.dumps(result, indent=2) + "\n")
 

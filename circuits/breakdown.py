@@ -12,7 +12,7 @@ from mamba_int.graph import Graph, Node
 OUTSIDE = "outside"
 """The layer of whatever belongs to none: input, embedding, head, public values."""
 PUBLIC = "public values"
-_FREE = ("input", "slice")
+_FREE = ("input", "slice", "concat")
 """Operations that only say which cells are meant."""
 
 

@@ -299,13 +299,14 @@ class Cells:
         self._count(op, ids.size)
         return ids.ravel()[:size].reshape(shape)
 
-    def add(self, a: Ids, b: Ids) -> Ids:
-        """a + b, broadcasting; a constant goes second."""
+    def add(self, a: Ids, b: Ids, bounds: tuple[int, int] | None = None) -> Ids:
+        """a + b, broadcasting; ``bounds`` as in :meth:`dot`; a constant goes second."""
         if self._all(b, 0):
             return np.broadcast_to(a, np.broadcast_shapes(a.shape, b.shape))
-        for part in self._exact_parts(b):
+        *parts, last = self._exact_parts(b)
+        for part in parts:
             a = self._binary("add", a, part)
-        return a
+        return self._binary("add", a, last, bounds)
 
     def sub(self, a: Ids, b: Ids) -> Ids:
         """a - b, broadcasting; a constant goes first if it is exact in float32, second otherwise."""

@@ -148,8 +148,13 @@ def _sum(low: _Lowering, node: Node, tensor: TensorType, sign: int) -> Value:
 def _mul(low: _Lowering, node: Node, tensor: TensorType) -> Value:
     operands, b = low.operands(node), low.cells
     if len(operands) == 1:
-        constant = b.constant(node.constants["value"])
-        return Computed(b, node.name, tensor, lambda: b.mul(operands[0].cells(), constant))
+        factor = np.asarray(node.constants["value"])
+        if factor.size == 1:
+            c = int(factor.ravel()[0])
+            return Combination(
+                b, node.name, tensor, lambda: [(ids, c * own) for ids, own in _terms(operands[0])]
+            )
+        return Computed(b, node.name, tensor, lambda: b.mul(operands[0].cells(), b.constant(factor)))
 
     def accumulate() -> Accumulation:
         x, y = operands[0].cells(), operands[1].cells()
@@ -230,15 +235,35 @@ def _slice(low: _Lowering, node: Node, tensor: TensorType) -> Value:
     return source.sliced(node.name, tensor, node.integer("start"), node.integer("stop"))
 
 
+def _concat(low: _Lowering, node: Node, tensor: TensorType) -> Value:
+    parts = low.operands(node)
+    return Computed(
+        low.cells, node.name, tensor, lambda: np.concatenate([value.cells() for value in parts], -1)
+    )
+
+
 def _reduce(low: _Lowering, node: Node, tensor: TensorType) -> Value:
     (source,), b = low.operands(node), low.cells
     if node.attributes["kind"] == "last":
         return Computed(b, node.name, tensor, lambda: source.cells()[-1])
+    if node.attributes["kind"] == "max":
+        return Computed(b, node.name, tensor, lambda: _largest(b, source.cells(), tensor))
 
     def terms() -> list[tuple[Ids, int]]:
         return [(ids[t], c) for ids, c in _terms(source) for t in range(len(ids))]
 
     return Combination(b, node.name, tensor, terms)
+
+
+def _largest(b: Cells, steps: Ids, tensor: TensorType) -> Ids:
+    """max over the first axis, step by step: max(m, x) = m + max(x - m, 0), which stays within x's interval.
+
+    Nothing in it is private: the lookups compute it, and prove the differences in the table.
+    """
+    largest: Ids = steps[0]
+    for step in steps[1:]:
+        largest = b.add(largest, b.relu(b.sub(step, largest)), (tensor.low, tensor.high))
+    return largest
 
 
 Gadget = Callable[[_Lowering, Node, TensorType], Value]
@@ -263,6 +288,7 @@ GADGETS: dict[str, Gadget] = {
     "isqrt": _isqrt,
     "div": _div,
     "slice": _slice,
+    "concat": _concat,
     "reduce": _reduce,
 }
 """One gadget for every operation of the integer graph, under its name."""

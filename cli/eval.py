@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -14,72 +15,75 @@ if TYPE_CHECKING:
     from mamba_int.datasets import ClassificationData, TextData
     from mamba_int.training.evaluation import Predictor
 
-Description = dict[str, Any]
-"""Of a model: ``arithmetic``, ``model`` (its id, or the checkpoint's SHA-256), ``dataset`` (its name and
-fingerprint), ``input`` (domain and scale of the features), ``tokens`` (of a language model, else 0)."""
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """What is scored.
+
+    Attributes:
+        predictor: the model, on its device. data: to score it on.
+        arithmetic: ``integer`` or ``float``.
+        model: id of a graph; SHA-256 of a checkpoint.
+    """
+
+    predictor: Predictor
+    data: ClassificationData | TextData
+    arithmetic: str
+    model: str
 
 
-def _load(path: Path, device: torch.device) -> tuple[Predictor, Description]:
-    """The model of a graph or checkpoint file, and what it expects of data."""
+def _graph(path: Path, data: Path | None, device: torch.device) -> Subject:
+    """A quantized model."""
     from mamba_int.executor import GraphPredictor
     from mamba_int.graph import Graph
+    from quantize.input_file import scaling
+    from quantize.model_data import ModelInputs, load_model_data
 
-    if path.suffix != ".safetensors":
-        graph = Graph.load(path)
-        return GraphPredictor(graph, device), {
-            "arithmetic": "integer",
-            "model": graph.model_id,
-            "dataset": graph.card["dataset"],
-            "scale": (graph.card["input"]["feature_offset"], graph.card["input"]["feature_scale"]),
-            "tokens": 0 if graph.input.integer("features") else graph.input.integer("high") + 1,
-        }
+    graph = Graph.load(path)
+    features = graph.input.integer("features")
+    known = graph.card.get("dataset")
+    name = str(known["name"]) if isinstance(known, dict) and "name" in known else "data unknown"
+    scale = scaling(graph) or ([0.0] * features, [1.0] * features)
+    tokens = 0 if features else graph.input.integer("high") + 1
+    inputs = ModelInputs(name, None, scale, tokens, path.parent)
+    return Subject(GraphPredictor(graph, device), load_model_data(inputs, data), "integer", graph.model_id)
+
+
+def _run(path: Path, data: Path | None, device: torch.device) -> Subject:
+    """A checkpoint of ``mambaint train``, native or float."""
+    from mamba_int.config import MambaIntConfig
     from mamba_int.model import MambaInt
     from mamba_int.training import load_checkpoint
+    from quantize.float_checkpoint import pair_with_data, run_checkpoint
+    from quantize.model_data import ModelInputs, load_model_data
 
     checkpoint = load_checkpoint(path)
+    if not isinstance(checkpoint.model_config, MambaIntConfig):
+        task = pair_with_data(run_checkpoint(path, checkpoint), data)
+        return Subject(task.to(device), task.data, "float", checkpoint.sha256)
+    inputs = ModelInputs.of_checkpoint(checkpoint, path.parent)
     model = MambaInt(checkpoint.model_config)
     model.load_state_dict(checkpoint.model_state)
-    data = checkpoint.data
-    return model.to(device), {
-        "arithmetic": checkpoint.model_config.arithmetic,
-        "model": checkpoint.sha256,
-        "dataset": {"name": data.name, "fingerprint": data.fingerprint, "source": data.source},
-        "scale": (list(data.feature_offset), list(data.feature_scale)),
-        "tokens": data.tokenizer.vocab_size if data.tokenizer else 0,
-    }
+    arithmetic = checkpoint.model_config.arithmetic
+    return Subject(model.to(device), load_model_data(inputs, data), arithmetic, checkpoint.sha256)
 
 
-def _data(description: Description, path: Path | None) -> ClassificationData | TextData:
-    """The data that is asked for, made sure to mean the same to the model as that of its training."""
-    from mamba_int.datasets import DataSource, TextData, load_data, source_from_path
-    from mamba_int.errors import MambaintError
+def _foreign(path: Path, data: Path | None, format: str | None, device: torch.device) -> Subject:
+    """A float checkpoint of another program."""
+    from quantize.float_checkpoint import pair_with_data, read_float_checkpoint
 
-    known = description["dataset"]
-    if path is not None:
-        source = source_from_path(path)
-    elif "source" in known:
-        source = known["source"]
-    elif known["name"] in ("digits", "moby-dick"):
-        source = DataSource(known["name"])
-    else:
-        raise MambaintError(
-            f"the model was trained on '{known['name']}', which is not embedded", "give it with --data"
-        )
-    data = load_data(source)
-    if isinstance(data, TextData):
-        fits = data.vocab_size == description["tokens"]
-    else:
-        # The integers of the input are the features on this scale: on another they are another input.
-        fits = not description["tokens"] and description["scale"] == (
-            list(data.feature_offset),
-            list(data.feature_scale),
-        )
-    if not fits:
-        raise MambaintError(
-            f"the data {data.name} is not on the scale, or in the tokens, of the model's own",
-            "give the file of its training, or tokens of the same tokenizer",
-        )
-    return data
+    checkpoint = read_float_checkpoint(path, format)
+    task = pair_with_data(checkpoint, data)
+    return Subject(task.to(device), task.data, "float", checkpoint.sha256)
+
+
+def _is_foreign(path: Path, format: str | None) -> bool:
+    from quantize.float_checkpoint import is_foreign
+    from quantize.latest import MODEL_FILE
+
+    if format is not None:
+        return True
+    return not (path / MODEL_FILE).is_file() and is_foreign(path)
 
 
 @click.command("eval")
@@ -91,6 +95,7 @@ def _data(description: Description, path: Path | None) -> ClassificationData | T
     metavar="PATH",
     help="Data [default: the model's own].",
 )
+@click.option("--format", "format_name", metavar="NAME", help="Of a foreign checkpoint [default: looked at].")
 @click.option(
     "--split", type=click.Choice(["train", "validation", "test"]), default="test", show_default=True
 )
@@ -103,6 +108,7 @@ def _data(description: Description, path: Path | None) -> ClassificationData | T
 def command(
     model: Path | None,
     data_path: Path | None,
+    format_name: str | None,
     split: str,
     window: int,
     max_tokens: int | None,
@@ -111,13 +117,14 @@ def command(
 ) -> None:
     """Measure a model: accuracy, or bits per byte.
 
-    MODEL is a quantized model, a checkpoint (a float twin's too), or the folder of either [default: quantized
-    last].
+    MODEL is a quantized model, a checkpoint (a float model's or twin's too), or the folder of either
+    [default: quantized last]; or a float Mamba of another program, which needs --data.
 
     \b
     Example:
       mambaint eval runs/char
       mambaint eval model.mint --split validation --json
+      mambaint eval mamba-130m-hf --data text.txt
     """
     import time
 
@@ -129,10 +136,15 @@ def command(
 
     torch.set_num_threads(1)
     chosen = resolve_device(device)
-    predictor, description = _load(resolve_either(model), chosen)
-    data = _data(description, data_path)
+    if model is not None and _is_foreign(model, format_name):
+        subject = _foreign(model, data_path, format_name, chosen)
+    else:
+        path = resolve_either(model)
+        load = _run if path.suffix == ".safetensors" else _graph
+        subject = load(path, data_path, chosen)
+    data = subject.data
     start = time.perf_counter()
-    score = evaluate(predictor, data, split, chosen, window, max_tokens)
+    score = evaluate(subject.predictor, data, split, chosen, window, max_tokens)
     seconds = time.perf_counter() - start
     metric = "accuracy" if score.higher_is_better else "bits_per_byte"
     result = {
@@ -140,8 +152,8 @@ def command(
         "loss": score.loss,
         "split": split,
         "data": data.name,
-        "arithmetic": description["arithmetic"],
-        "model": description["model"],
+        "arithmetic": subject.arithmetic,
+        "model": subject.model,
         "seconds": round(seconds, 3),
     }
     if as_json:
@@ -150,4 +162,4 @@ def command(
     click.echo(f"{split} {metric.replace('_', ' '):<13} {score.metric:.4f}")
     click.echo(f"loss               {score.loss:.4f} nats")
     click.echo(f"data               {data.name}")
-    click.echo(f"model              {description['model']} ({description['arithmetic']})")
+    click.echo(f"model              {subject.model} ({subject.arithmetic})")

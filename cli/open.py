@@ -55,12 +55,12 @@ def command(
     Example:
       mambaint open proof.json --input x.json --opening proof.opening.json
     """
-    from cli.proving import input_graph
     from cli.verdict import DEVELOPMENT_LINE, verdict_json
     from quantize.input_file import read_input
     from zk.commitment import check_opening
     from zk.opening import read_opening
     from zk.package import read_package
+    from zk.provable import input_graph
     from zk.verify import check, read_proof
 
     trusted = verifier if verifier is not None else proof.parent / "verifier.zip"

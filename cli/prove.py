@@ -92,7 +92,6 @@ def command(
     from dataclasses import replace
 
     from circuits.circuit import COMMITTED_INPUT
-    from cli.proving import prepare, witness_of
     from mamba_int.errors import MambaintError
     from mamba_int.files import write_bytes
     from mamba_int.graph import Graph
@@ -101,6 +100,7 @@ def command(
     from zk.jobs import draw_salts
     from zk.opening import Opening
     from zk.package import decode_package
+    from zk.provable import prepare, witness_of
     from zk.prove import prove
 
     earlier = _earlier_opening(commit_input, opening, reuse_opening)

@@ -40,10 +40,10 @@ def command(
     Example:
       mambaint setup --model runs/digits/quantized/model.mint --out verifier.zip
     """
-    from cli.proving import prepare
     from mamba_int.files import write_bytes
     from mamba_int.graph import Graph
     from quantize.latest import resolve_model
+    from zk.provable import prepare
 
     graph = Graph.load(resolve_model(model))
     with activity(as_json) as say:

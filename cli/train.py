@@ -1,4 +1,4 @@
-"""``mambaint train``: train an integer model, and its float twin beside it if asked."""
+"""``mambaint train``: train an integer model, and its float twin beside it if asked, or a float model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import click
 from cli.terminal import live_console
 
 if TYPE_CHECKING:
-    from mamba_int.training import Progress, TrainingConfig, TrainingResult
+    from mamba_int.training import ModelConfig, Progress, TrainingConfig, TrainingResult
 
 RUNS = Path("runs")
 TWIN_FOLDER = "float-twin"
@@ -90,7 +90,9 @@ def _show(report: dict[str, Any], name: str) -> None:
 
 
 @click.command("train")
-@click.option("--preset", metavar="NAME", help="digits (default), digits-large or char.")
+@click.option(
+    "--preset", metavar="NAME", help="One that ships: digits (default), char, digits-mamba2, char-mamba2, ..."
+)
 @click.option(
     "--config",
     "config_path",
@@ -128,10 +130,13 @@ def command(
     restart: bool,
     as_json: bool,
 ) -> int:
-    """Train an integer Mamba model.
+    """Train an integer Mamba model, or a float one to convert later.
 
     Without options: the digits preset, half a minute. Interrupt with Ctrl-C at any time; the same
     command resumes, with the same result as if it had not been interrupted.
+
+    A [model] table with a mixer (mamba, mamba2, complex_mamba) is of a float model, as are the presets
+    whose names end in one; mambaint quantize converts it.
 
     Several GPUs: torchrun --nproc-per-node N -m cli.main train ...
     """
@@ -147,13 +152,17 @@ def command(
             first = ranks.first
             with ranks.agreed():
                 experiment = resolve(preset, config_path, data_path, seed, steps)
+                if twin:
+                    experiment.require_twin()
                 data = load_data(experiment.source)
             folder = out if out is not None else RUNS / experiment.name
 
-            def train_as(arithmetic: str, recipe: TrainingConfig, into: Path, label: str) -> TrainingResult:
+            def train_as(
+                model: ModelConfig, recipe: TrainingConfig, into: Path, label: str
+            ) -> TrainingResult:
                 with _progress_bar(label, as_json, not first) as progress:
                     return train(
-                        experiment.model_config(data, arithmetic),
+                        model,
                         recipe,
                         data,
                         experiment.source,
@@ -165,13 +174,15 @@ def command(
                         progress=progress,
                     )
 
-            result = train_as("integer", experiment.training, folder, experiment.name)
+            model = experiment.model_config(data)
+            result = train_as(model, experiment.training, folder, experiment.name)
             if out is None and first:
                 remember_checkpoint(result.checkpoint)
             twin_result = None
             if twin:
                 label = f"{experiment.name}, float twin"
-                twin_result = train_as("float", experiment.training.twin(), folder / TWIN_FOLDER, label)
+                recipe = experiment.training.twin()
+                twin_result = train_as(experiment.twin_config(data), recipe, folder / TWIN_FOLDER, label)
     except MambaintError:
         # Process 0 tells of it for all; see Ranks.agreed.
         if first:

@@ -109,16 +109,7 @@ class Decoder:
         Raises:
             MambaintError: if it is of another model, or of another number of sequences.
         """
-        if state.model_id != self.graph.model_id:
-            raise MambaintError(
-                f"the state is of the model {state.model_id[:16]}..., not {self.graph.model_id[:16]}...",
-                "give a state of this model",
-            )
-        if state.batch != self.batch:
-            raise MambaintError(
-                f"the state is of {state.batch} sequences, the decoder of {self.batch}",
-                f"make a decoder of batch {state.batch}",
-            )
+        state.require(self.graph.model_id, self.batch)
         self._position[:] = state.position
         self.state.position.copy_(torch.from_numpy(state.position))
         for node, memory in state.memories.items():

@@ -92,6 +92,23 @@ class DecodingState:
         tensors = [value for memory in self.memories.values() for value in memory.values()]
         return int(sum(value.nbytes for value in (self.position, *tensors)))
 
+    def require(self, model_id: str, batch: int) -> None:
+        """Refuse to be the state of another decoder.
+
+        Raises:
+            MambaintError: if it is of another model, or of another number of sequences.
+        """
+        if self.model_id != model_id:
+            raise MambaintError(
+                f"the state is of the model {self.model_id[:16]}..., not {model_id[:16]}...",
+                "give a state of this model",
+            )
+        if self.batch != batch:
+            raise MambaintError(
+                f"the state is of {self.batch} sequences, the decoder of {batch}",
+                f"make a decoder of batch {self.batch}",
+            )
+
     def require_room(self, steps: int) -> None:
         """Refuse sequences of so many steps if there is no state to carry them that far.
 

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mamba_int.graph import Graph, Node
 from mamba_int.operations import OPERATIONS
-from mamba_int.operations.base import recorder
+from mamba_int.operations.base import Trace, recorder
 
 Values = dict[str, Tensor]
 Run = Callable[[Values, dict[str, Node]], None]
@@ -100,7 +100,7 @@ def _layer(step: Step) -> str:
 def execute_nodes(
     nodes: Sequence[Node],
     inputs: Tensor,
-    trace: dict[str, Tensor] | None = None,
+    trace: Trace | None = None,
     rounding: bool = True,
     observe: Callable[[str, Tensor], None] | None = None,
     gradient_checkpointing: bool = False,
@@ -129,7 +129,8 @@ def execute_nodes(
 
     values = execute_plan([step(node) for node in nodes], nodes, inputs, gradient_checkpointing)
     if trace is not None:
-        trace.update(values)
+        for name, value in values.items():
+            trace[name] = value
     return values
 
 
@@ -176,7 +177,7 @@ class Executor:
         ]
 
     @torch.inference_mode()
-    def __call__(self, inputs: Tensor, trace: dict[str, Tensor] | None = None) -> Tensor:
+    def __call__(self, inputs: Tensor, trace: Trace | None = None) -> Tensor:
         """Logits int64 [batch, ...] of integer inputs [batch, T, ...]; ``trace`` as in the interpreter."""
         values = execute_nodes(self.nodes, inputs.to(self.device, self.dtype), trace)
         return values[self.graph.output].long()

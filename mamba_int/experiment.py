@@ -13,10 +13,19 @@ from mamba_int.config import MambaIntConfig
 from mamba_int.datasets import TEXT_KINDS, ClassificationData, DataSource, TextData, source_from_path
 from mamba_int.errors import MambaintError
 from mamba_int.files import parse_toml, read_bytes
+from mamba_int.float_models.config import MambaConfig
 from mamba_int.training.config import TrainingConfig
+from mamba_int.training.model_config import ModelConfig, model_config_from_dict, names_float_model
 
 TABLES = ("model", "training", "data")
-_FROM_DATA = ("task", "n_features", "n_classes", "vocab_size", "input_low", "input_high")
+_FROM_DATA = ("task", "n_features", "n_classes", "num_labels", "vocab_size", "input_low", "input_high")
+_DEFAULT_PRESETS = {
+    # (float model, text): name
+    (False, False): "digits",
+    (False, True): "char",
+    (True, False): "digits-mamba2",
+    (True, True): "char-mamba2",
+}
 _PRESETS = resources.files("mamba_int") / "presets"
 
 Table = dict[str, Any]
@@ -28,7 +37,8 @@ class Experiment:
 
     Attributes:
         name: name of the preset, or of the data file: the default run folder.
-        model: keys of :class:`MambaIntConfig` apart from those that the data decides.
+        model: keys of :class:`MambaIntConfig`, or with a ``mixer`` of
+            :class:`~mamba_int.float_models.config.MambaConfig`, apart from those that the data decides.
         training: the recipe.
         source: the data.
     """
@@ -38,14 +48,40 @@ class Experiment:
     training: TrainingConfig
     source: DataSource
 
-    def model_config(
-        self, data: ClassificationData | TextData, arithmetic: str = "integer"
-    ) -> MambaIntConfig:
-        """The model's configuration, with the shape that the data dictates.
+    @property
+    def is_float(self) -> bool:
+        """Whether the model is a float model rather than a native one."""
+        return names_float_model(self.model)
 
-        ``input_frac`` puts the largest input integer between 2 and 4, where the recipe was measured,
-        unless the experiment sets it.
+    def model_config(self, data: ClassificationData | TextData) -> ModelConfig:
+        """The model's configuration, with the shape that the data dictates."""
+        if not self.is_float:
+            return self._native_config(data, "integer")
+        if isinstance(data, TextData):
+            return MambaConfig.from_dict({**self.model, "vocab_size": data.vocab_size})
+        shape = {"n_features": data.n_features, "num_labels": data.n_classes}
+        return MambaConfig.from_dict({**self.model, **shape})
+
+    def twin_config(self, data: ClassificationData | TextData) -> MambaIntConfig:
+        """The configuration of the float twin of a native model.
+
+        Raises:
+            MambaintError: for a float model, which has none.
         """
+        self.require_twin()
+        return self._native_config(data, "float")
+
+    def require_twin(self) -> None:
+        """Refuse to make the float twin of a float model."""
+        if self.is_float:
+            raise MambaintError(
+                f"the model has mixer = '{self.model['mixer']}', a float model without a twin",
+                "leave out --twin",
+            )
+
+    def _native_config(self, data: ClassificationData | TextData, arithmetic: str) -> MambaIntConfig:
+        # input_frac puts the largest input integer between 2 and 4, where the recipe was measured, unless
+        # the experiment sets it.
         values: Table = {"arithmetic": arithmetic, **self.model}
         if isinstance(data, TextData):
             values |= {"task": "language_model", "vocab_size": data.vocab_size}
@@ -125,7 +161,8 @@ def resolve(
     """Lay a configuration file over a preset, key by key, and single overrides over both.
 
     Args:
-        preset: name of a preset; None for ``char`` if the data is text, else ``digits``.
+        preset: name of a preset; None for ``char`` if the data is text, else ``digits``; with a ``mixer``
+            in the file for ``char-mamba2`` or ``digits-mamba2``.
         config_path: TOML file with any of the tables [model], [training], [data].
         data_path: data file instead of the preset's data.
         seed: seed of the run.
@@ -140,10 +177,16 @@ def resolve(
         tables = _parse(content, str(config_path))
     data = _data_table(config_path, tables, data_path)
     own_data = bool(data.keys() & {"kind", "path"})
+    own_model = tables.get("model", {})
     if preset is None:
-        preset = "char" if data.get("kind") in TEXT_KINDS else "digits"
+        preset = _DEFAULT_PRESETS[names_float_model(own_model), data.get("kind") in TEXT_KINDS]
     base = read_preset(preset)
-    model = {**base.get("model", {}), **tables.get("model", {})}
+    if names_float_model(own_model) and not names_float_model(base.get("model", {})):
+        raise MambaintError(
+            f"{config_path}: [model] mixer is of float models, the preset {preset} of native ones",
+            f"use --preset {_DEFAULT_PRESETS[True, DataSource.from_dict(base.get('data', {})).is_text]}",
+        )
+    model = {**base.get("model", {}), **own_model}
     overrides = dict(tables.get("training", {}))
     if steps is not None:
         overrides.pop("epochs", None)
@@ -163,7 +206,7 @@ def resolve(
     source = DataSource.from_dict(data if own_data else {**base.get("data", {}), **data})
     config = TrainingConfig.from_dict({**training, **overrides})
     # Keys are checked here, before any data is loaded; the shape is filled in by the data later.
-    MambaIntConfig.from_dict(model)
+    model_config_from_dict(model)
     _check_task(preset, source, base)
     return Experiment(Path(source.path).stem if own_data and source.path else preset, model, config, source)
 
@@ -176,5 +219,5 @@ def _check_task(preset: str, source: DataSource, base: dict[str, Table]) -> None
     if wanted != found:
         raise MambaintError(
             f"the preset {preset} trains on {wanted}, the data is {found}",
-            f"use --preset {'char' if source.is_text else 'digits'}",
+            f"use --preset {_DEFAULT_PRESETS[names_float_model(base.get('model', {})), source.is_text]}",
         )

@@ -177,16 +177,17 @@ class Graph:
     @cached_property
     def model_id(self) -> str:
         """SHA-256 (hex) of the canonical description: nodes, attributes and a digest of every constant."""
-        return hashlib.sha256(canonical_json(self._describe())).hexdigest()
+        return hashlib.sha256(canonical_json(self._description)).hexdigest()
 
     def with_nodes(self, nodes: list[Node]) -> Graph:
         """The same model with other nodes: what a pass returns."""
         return replace(self, nodes=tuple(nodes))
 
-    def _describe(self) -> dict[str, Any]:
+    @cached_property
+    def _description(self) -> dict[str, Any]:
         def describe(array: IntArray) -> dict[str, Any]:
             little = np.ascontiguousarray(array, dtype="<i8")
-            return {"shape": list(array.shape), "sha256": hashlib.sha256(little.tobytes()).hexdigest()}
+            return {"shape": list(array.shape), "sha256": hashlib.sha256(little.data).hexdigest()}
 
         return {
             "format": FORMAT,
@@ -207,17 +208,21 @@ class Graph:
             ],
         }
 
-    def save(self, path: Path) -> None:
-        """Write the graph atomically: constants as safetensors, nodes as canonical JSON in its metadata."""
+    def encoded(self) -> bytes:
+        """The file: constants as safetensors, nodes as canonical JSON in its metadata."""
         tensors = {
-            f"{node.name}:{key}": value.astype(_smallest_dtype(value))
+            f"{node.name}:{key}": value.astype(smallest_dtype(value))
             for node in self.nodes
             for key, value in node.constants.items()
         }
         # One key only: safetensors writes several in random order.
-        document = {"graph": self._describe(), "model_id": self.model_id}
+        document = {"graph": self._description, "model_id": self.model_id}
         metadata = {"mambaint": canonical_json(document).decode()}
-        write_bytes(path, save_tensors(tensors, metadata))
+        return save_tensors(tensors, metadata)
+
+    def save(self, path: Path) -> None:
+        """Write the file atomically."""
+        write_bytes(path, self.encoded())
 
     @classmethod
     def load(cls, path: Path) -> Graph:
@@ -258,7 +263,7 @@ class Graph:
             raise MambaintError(f"{path} lacks {error}", remedy) from error
         except (TypeError, AttributeError, ValueError) as error:
             raise MambaintError(f"{path} is not a well-formed graph ({error})", remedy) from error
-        if graph.model_id != model_id or graph._describe() != described:
+        if graph.model_id != model_id or graph._description != described:
             raise MambaintError(f"{path} was altered: its content does not match its model id", remedy)
         return graph.verify()
 
@@ -299,7 +304,8 @@ def _malformed(name: str, what: str) -> MambaintError:
     return MambaintError(f"graph node '{name}' {what}", "quantize the checkpoint again")
 
 
-def _smallest_dtype(array: IntArray) -> type[np.signedinteger[Any]]:
+def smallest_dtype(array: IntArray) -> type[np.signedinteger[Any]]:
+    """The narrowest signed type that holds all of an array."""
     for dtype in (np.int8, np.int16, np.int32):
         info = np.iinfo(dtype)
         if array.size == 0 or (array.min() >= info.min and array.max() <= info.max):

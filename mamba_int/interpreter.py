@@ -11,7 +11,7 @@ from mamba_int.decoding_state import DecodingState
 from mamba_int.errors import MambaintError
 from mamba_int.graph import Graph, IntArray, Node
 from mamba_int.operations import OPERATIONS
-from mamba_int.operations.base import Record, recorder
+from mamba_int.operations.base import Record, Trace, recorder
 
 
 def check_input(graph: Graph, values: ArrayLike) -> IntArray:
@@ -51,7 +51,7 @@ def check_input(graph: Graph, values: ArrayLike) -> IntArray:
     return array.astype(np.int64)
 
 
-def evaluate(graph: Graph, inputs: IntArray, trace: dict[str, IntArray] | None = None) -> IntArray:
+def evaluate(graph: Graph, inputs: IntArray, trace: Trace | None = None) -> IntArray:
     """Run a batch through the graph in int64.
 
     Args:
@@ -71,7 +71,7 @@ def evaluate(graph: Graph, inputs: IntArray, trace: dict[str, IntArray] | None =
 
 
 def evaluate_step(
-    graph: Graph, inputs: IntArray, state: DecodingState, trace: dict[str, IntArray] | None = None
+    graph: Graph, inputs: IntArray, state: DecodingState, trace: Trace | None = None
 ) -> IntArray:
     """Run the next step of a batch of sequences: equal to :func:`evaluate` of all their steps, at the last.
 
@@ -109,14 +109,19 @@ def evaluate_step(
 def _walk(
     graph: Graph,
     inputs: IntArray,
-    trace: dict[str, IntArray] | None,
+    trace: Trace | None,
     run: Callable[[Node, list[IntArray], Record], IntArray],
 ) -> IntArray:
     """Every node in its order; the value of the output."""
     values: dict[str, IntArray] = {}
+    # Large models leave no room for tensors that nothing reads any more.
+    last_reader = {name: node.name for node in graph.nodes for name in node.inputs} | {graph.output: ""}
     for node in graph.nodes:
         operands = [inputs] if node.op == "input" else [values[name] for name in node.inputs]
         values[node.name] = run(node, operands, recorder(node, trace))
-    if trace is not None:
-        trace.update(values)
+        if trace is not None:
+            trace[node.name] = values[node.name]
+        for name in set(node.inputs):
+            if last_reader[name] == node.name:
+                del values[name]
     return values[graph.output]

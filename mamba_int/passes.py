@@ -6,24 +6,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from mamba_int.graph import Graph, Node, TensorType
+from mamba_int.operations import OPERATIONS
 
 Pass = Callable[[Graph], Graph]
-
-
-def _resolve(name: str, alias: dict[str, str]) -> str:
-    while name in alias:
-        name = alias[name]
-    return name
-
-
-def _rewired(graph: Graph, alias: dict[str, str]) -> Graph:
-    """Drop the nodes in ``alias`` and let their readers read what they stand for."""
-    nodes = [
-        replace(node, inputs=tuple(_resolve(name, alias) for name in node.inputs))
-        for node in graph.nodes
-        if node.name not in alias
-    ]
-    return replace(graph, nodes=tuple(nodes), output=_resolve(graph.output, alias))
 
 
 def _changes_nothing(node: Node, source: TensorType) -> bool:
@@ -34,24 +19,27 @@ def _changes_nothing(node: Node, source: TensorType) -> bool:
     return node.op == "shift" and node.integer("places") == 0
 
 
-def _identities(graph: Graph) -> dict[str, str]:
-    """Nodes that change nothing, and what they stand for; an output that bears another scale stays."""
-    alias = {
-        node.name: node.inputs[0]
-        for node in graph.nodes
-        if node.inputs and _changes_nothing(node, graph.types[node.inputs[0]])
-    }
-    if graph.by_name[_resolve(graph.output, alias)].frac != graph.by_name[graph.output].frac:
-        del alias[graph.output]
-    return alias
-
-
 def eliminate_identities(graph: Graph) -> Graph:
-    """Remove clamps whose argument is proven inside their range, relus of what is never negative, and
-    shifts by nothing, until none is left: a product becomes a square, and so tighter, as they go."""
-    while alias := _identities(graph):
-        graph = _rewired(graph, alias)
-    return graph
+    """Remove clamps whose argument is proven inside their range, relus of what is never negative, and shifts
+    by nothing, in one walk: what is removed makes those after it tighter, for a product becomes a square.
+
+    An output that bears another scale than what it stands for stays.
+    """
+    alias: dict[str, str] = {}
+    types: dict[str, TensorType] = {}
+    nodes: list[Node] = []
+    frac = {node.name: node.frac for node in graph.nodes}
+    for node in graph.nodes:
+        node = replace(node, inputs=tuple(alias.get(name, name) for name in node.inputs))
+        source = node.inputs[0] if node.inputs else ""
+        rescaled = node.name == graph.output and frac[source or node.name] != node.frac
+        if source and _changes_nothing(node, types[source]) and not rescaled:
+            alias[node.name] = source
+            continue
+        operation = OPERATIONS[node.op]
+        types[node.name] = operation.infer(node, [types[name] for name in node.inputs], graph.seq_len)
+        nodes.append(node)
+    return replace(graph, nodes=tuple(nodes), output=alias.get(graph.output, graph.output))
 
 
 def eliminate_dead(graph: Graph) -> Graph:

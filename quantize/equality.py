@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import hashlib
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -11,14 +13,17 @@ from numpy.typing import NDArray
 
 from mamba_int.graph import Graph, IntArray
 from mamba_int.interpreter import evaluate
+from mamba_int.operations.base import Trace
 
-Tracer = Callable[[IntArray], Mapping[str, NDArray[Any]]]
-"""Runs a batch and returns every tensor by name, those inside operations as ``node.intermediate``."""
+Tracer = Callable[[IntArray, Trace], object]
+"""Runs a batch and enters every tensor by name, those inside operations as ``node.intermediate``."""
 Runner = Callable[[IntArray], NDArray[Any]]
 """Runs a batch and returns the logits."""
 
 BATCH_VALUES = 1 << 24
-"""About as many values of the specification are held at a time (128 MiB)."""
+"""About as many values of the specification are computed at a time."""
+RUNNER_BATCH = 16
+"""Inputs at a time where logits alone are compared."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,53 @@ class Equality:
         return self.mismatches == 0 and self.values > 0
 
 
+class Fingerprints(MutableMapping[str, Any]):
+    """A trace that keeps of every tensor its shape and the SHA-256 of its integers, not the tensor: those of
+    large models would not fit the memory."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, tuple[tuple[int, ...], bytes]] = {}
+
+    def __setitem__(self, name: str, tensor: Any) -> None:
+        values = np.asarray(tensor)
+        # What is no integer must not pass for the integer that it is rounded to.
+        whole = values if values.dtype == np.int64 else _whole(values)
+        kind = b"integers" if whole is not None else b"others"
+        content = np.ascontiguousarray(values if whole is None else whole)
+        self._kept[name] = values.shape, hashlib.sha256(kind + content.data.cast("B")).digest()
+
+    def __getitem__(self, name: str) -> tuple[tuple[int, ...], bytes]:
+        return self._kept[name]
+
+    def __delitem__(self, name: str) -> None:
+        del self._kept[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._kept)
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+
+def _whole(values: NDArray[Any]) -> IntArray | None:
+    """The same numbers as int64, if they are integers."""
+    with np.errstate(invalid="ignore"):
+        integers: IntArray = values.astype(np.int64)
+    return integers if bool((integers == values).all()) else None
+
+
+class _Chosen(dict[str, Any]):
+    """A trace of some tensors."""
+
+    def __init__(self, names: Collection[str]) -> None:
+        super().__init__()
+        self._names = names
+
+    def __setitem__(self, name: str, tensor: Any) -> None:
+        if name in self._names:
+            super().__setitem__(name, np.asarray(tensor))
+
+
 def compare(
     graph: Graph, inputs: IntArray, tracers: Mapping[str, Tracer], runners: Mapping[str, Runner] | None = None
 ) -> Equality:
@@ -63,33 +115,47 @@ def compare(
     start, size = 0, 1
     while start < len(inputs):
         batch = inputs[start : start + size]
-        expected: dict[str, IntArray] = {}
-        evaluate(graph, batch, expected)
-        expected = _in_order(graph, expected)
-        tensors = len(expected)
-        results = {name: (tracer(batch), expected) for name, tracer in tracers.items()}
-        for name, runner in (runners or {}).items():
-            results[name] = ({graph.output: runner(batch)}, {graph.output: expected[graph.output]})
-        for backend, (found, wanted) in results.items():
-            for tensor in [*wanted, *(found.keys() - wanted.keys())]:
-                count, wrong = _differences(wanted.get(tensor), found.get(tensor))
-                values += count
-                mismatches += wrong
-                if wrong and first is None:
-                    first = (backend, tensor)
+        expected = Fingerprints()
+        logits = evaluate(graph, batch, expected if tracers else None)
+        order = _in_order(graph, expected) if tracers else []
+        tensors = len(order)
+        total = sum(prod(expected[name][0]) for name in order)
+        for backend, tracer in tracers.items():
+            found = Fingerprints()
+            tracer(batch, found)
+            values += total
+            names = [*order, *(found.keys() - expected.keys())]
+            differing = [name for name in names if expected.get(name) != found.get(name)]
+            if not differing:
+                continue
+            # Rare enough to be computed again, with these tensors held.
+            wanted, got = _Chosen(differing), _Chosen(differing)
+            evaluate(graph, batch, wanted)
+            tracer(batch, got)
+            counts = [_differences(wanted.get(name), got.get(name)) for name in differing]
+            values += sum(
+                count for (count, _), name in zip(counts, differing, strict=True) if name not in wanted
+            )
+            mismatches += sum(wrong for _, wrong in counts)
+            first = first or (backend, differing[0])
+        for backend, runner in (runners or {}).items():
+            count, wrong = _differences(logits, runner(batch))
+            values += count
+            mismatches += wrong
+            if wrong and first is None:
+                first = (backend, graph.output)
         start += len(batch)
-        size = max(1, BATCH_VALUES // max(1, sum(v[0].size for v in expected.values())))
+        size = max(1, BATCH_VALUES * len(batch) // total) if total else RUNNER_BATCH
     return Equality((*tracers, *(runners or {})), len(inputs), tensors, values, mismatches, first)
 
 
-def _in_order(graph: Graph, trace: dict[str, IntArray]) -> dict[str, IntArray]:
-    """The tensors in the order of computation: those inside an operation before its result."""
+def _in_order(graph: Graph, trace: Collection[str]) -> list[str]:
+    """The names of tensors in the order of computation: those inside an operation before its result."""
     inside: dict[str, list[str]] = {}
     for name in trace:
         if name not in graph.by_name:
             inside.setdefault(name.rpartition(".")[0], []).append(name)
-    order = [name for node in graph.nodes for name in (*inside.get(node.name, ()), node.name)]
-    return {name: trace[name] for name in order}
+    return [name for node in graph.nodes for name in (*inside.get(node.name, ()), node.name)]
 
 
 def _differences(wanted: IntArray | None, found: NDArray[Any] | None) -> tuple[int, int]:
@@ -108,9 +174,7 @@ def torch_tracer(graph: Graph) -> Tracer:
 
     executor = Executor(graph)
 
-    def trace(inputs: IntArray) -> Mapping[str, NDArray[Any]]:
-        tensors: dict[str, torch.Tensor] = {}
+    def trace(inputs: IntArray, tensors: Trace) -> None:
         executor(torch.from_numpy(inputs), tensors)
-        return {name: tensor.numpy() for name, tensor in tensors.items()}
 
     return trace

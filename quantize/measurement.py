@@ -21,6 +21,9 @@ TOKENS = 1024
 """A batch of classification; the tokens of a batch of text."""
 LARGEST_TEXT = 1 << 17
 """Tokens of a longer test text are read in windows spread evenly over it."""
+LARGEST_WORK = 1 << 35
+"""Products of weights and activations that a measurement in int64 may take, some minutes: fewer tokens of
+large models."""
 
 
 @dataclass
@@ -45,6 +48,7 @@ class Measurement:
 
     Attributes:
         metric: ``accuracy`` or ``bits_per_byte``. value: its value.
+        loss: mean cross entropy in nats per prediction: its exponential is a language model's perplexity.
         examples: sequences, or tokens of text, that it was measured on.
         confusion: [class][predicted class] counts; empty for text.
         observed: by node name.
@@ -52,13 +56,20 @@ class Measurement:
 
     metric: str
     value: float
+    loss: float
     examples: int
     confusion: list[list[int]]
     observed: dict[str, Observed] = field(default_factory=dict)
 
 
+def text_tokens(graph: Graph) -> int:
+    """About so many tokens of a text are read to measure a model."""
+    weights = sum(int(array.size) for node in graph.nodes for array in node.constants.values())
+    return max(1, min(LARGEST_TEXT, LARGEST_WORK // max(1, weights)))
+
+
 def measure(graph: Graph, data: ClassificationData | TextData, window: int) -> Measurement:
-    """Run the test split.
+    """Run the test split, or :func:`text_tokens` of it.
 
     Args:
         graph: the model.
@@ -125,21 +136,26 @@ def _measure_classes(graph: Graph, data: Any) -> Measurement:
     classes = graph.types[graph.output].shape[-1]
     confusion = np.zeros((classes, classes), np.int64)
     observed: dict[str, Observed] = {}
+    scale = 2.0 ** -graph.by_name[graph.output].frac
+    loss = 0.0
     for start in range(0, len(labels), SEQUENCES):
         batch = check_input(graph, inputs[start : start + SEQUENCES])
-        predicted = _observe(graph, batch, observed).argmax(-1)
-        np.add.at(confusion, (labels[start : start + SEQUENCES], predicted), 1)
+        targets = labels[start : start + SEQUENCES]
+        logits = _observe(graph, batch, observed)
+        loss += _cross_entropy(logits * scale, targets)
+        np.add.at(confusion, (targets, logits.argmax(-1)), 1)
     accuracy = int(np.trace(confusion)) / len(labels)
-    return Measurement("accuracy", accuracy, len(labels), confusion.tolist(), observed)
+    return Measurement("accuracy", accuracy, loss / len(labels), len(labels), confusion.tolist(), observed)
 
 
 def _measure_text(graph: Graph, data: Any, window: int) -> Measurement:
     length = len(_split(data, "test"))
-    window = min(window, length - 1)
+    tokens = text_tokens(graph)
+    window = min(window, length - 1, tokens)
     if window < 1:
         raise MambaintError(f"the test split has {length} tokens", "give a longer text")
     starts = np.arange((length - 1) // window) * window
-    kept = max(1, LARGEST_TEXT // window)
+    kept = max(1, tokens // window)
     if len(starts) > kept:
         starts = starts[np.arange(kept) * len(starts) // kept]
     observed: dict[str, Observed] = {}
@@ -151,7 +167,8 @@ def _measure_text(graph: Graph, data: Any, window: int) -> Measurement:
         loss += _cross_entropy(logits * scale, windows[:, 1:])
         predicted += int(data.tokenizer.lengths[windows[:, 1:]].sum())
     tokens = len(starts) * window
-    return Measurement("bits_per_byte", loss / predicted / math.log(2), tokens, [], observed)
+    bits = loss / predicted / math.log(2)
+    return Measurement("bits_per_byte", bits, loss / tokens, tokens, [], observed)
 
 
 def _cross_entropy(logits: NDArray[np.floating[Any]], targets: IntArray) -> float:

@@ -38,10 +38,14 @@ def native_graph(checkpoint: Checkpoint) -> Graph:
         The optimized graph, verified to stay inside 24 bits.
 
     Raises:
-        MambaintError: for a float twin, a checkpoint from before its scales were frozen, integers that do
-            not fit the configuration, or intermediates beyond 24 bits.
+        MambaintError: for a float model or twin, a checkpoint from before its scales were frozen, integers
+            that do not fit the configuration, or intermediates beyond 24 bits.
     """
     config = checkpoint.model_config
+    if not isinstance(config, MambaIntConfig):
+        raise MambaintError(
+            "the checkpoint is of a float model, which has no integers", "convert it with 'mambaint quantize'"
+        )
     if config.arithmetic != "integer":
         raise MambaintError(
             "the checkpoint is a float twin, which has no integers",
@@ -66,7 +70,7 @@ def native_graph(checkpoint: Checkpoint) -> Graph:
     if unused:
         raise MambaintError(f"the checkpoint has integers '{unused[0]}' its configuration lacks", _REMEDY)
     logits_frac = next(node.frac for node in built.nodes if node.name == built.output)
-    card = _card(checkpoint, logits_frac)
+    card = _card(config, checkpoint, logits_frac)
     graph = optimize(Graph(tuple(built.nodes), built.output, config.seq_len, card), MAX_BITS)
     found = graph.types[graph.output].shape[-1]
     if found != config.n_outputs:
@@ -88,9 +92,9 @@ def _scales(config: MambaIntConfig, state: Mapping[str, Any]) -> dict[str, int]:
     return {name: int(frac) for name, frac in zip(names, fracs.tolist(), strict=True)}
 
 
-def _card(checkpoint: Checkpoint, logits_frac: int) -> dict[str, Any]:
+def _card(config: MambaIntConfig, checkpoint: Checkpoint, logits_frac: int) -> dict[str, Any]:
     """What goes with the model, as JSON values; part of its id."""
-    config, data = checkpoint.model_config, checkpoint.data
+    data = checkpoint.data
     classes = list(data.class_names)
     if config.task == "classification":
         consistent = len(classes) == config.n_classes and len(data.feature_offset) == config.n_features

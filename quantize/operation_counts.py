@@ -168,8 +168,9 @@ def _division(node: Node, inputs: Sequence[TensorType], result: TensorType) -> C
 
 
 def _reduce(node: Node, inputs: Sequence[TensorType], result: TensorType) -> Counts:
-    steps = inputs[0].shape[0] if node.attributes["kind"] == "sum" else 1
-    return Counts(adds=(steps - 1) * prod(result.shape))
+    later = (inputs[0].shape[0] - 1) * prod(result.shape)
+    kind = node.attributes["kind"]
+    return Counts(adds=later if kind == "sum" else 0, comparisons=later if kind == "max" else 0)
 
 
 def _nothing(node: Node, inputs: Sequence[TensorType], result: TensorType) -> Counts:
@@ -196,6 +197,7 @@ COUNTERS: dict[str, Callable[[Node, Sequence[TensorType], TensorType], Counts]] 
     "isqrt": _division,
     "div": _division,
     "slice": _nothing,
+    "concat": _nothing,
     "reduce": _reduce,
 }
 """One rule for every operation of the integer graph, under its name."""

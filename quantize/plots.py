@@ -6,14 +6,19 @@ import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from quantize.sqnr import LARGEST_DB
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 WIDTH = 9.0
 DPI = 110
 PROVEN, OBSERVED = "#c9d4e5", "#2b5c9e"
+INHERITED, OWN = "#2b5c9e", "#e0a458"
 TALLEST = 200
 """Bars in one plot; of a deeper model the widest tensors are shown."""
+COMPARED = 60
+"""Pairs of bars in the plot of errors; of a deeper model the tensors with the largest own error are shown."""
 ANNOTATED_CLASSES = 20
 
 
@@ -61,6 +66,54 @@ def bits_plot(tensors: Sequence[dict[str, Any]], max_bits: int) -> bytes:
     axes.xaxis.set_major_locator(_whole_numbers())
     figure.legend(loc="outside upper right", ncols=2, frameon=False, fontsize=9)
     return _png(figure)
+
+
+def sqnr_plot(tensors: Sequence[dict[str, Any]]) -> bytes:
+    """SQNR of tensors against the float model, in the order of computation: cumulative, and their own.
+
+    Args:
+        tensors: of a ``quantize.comparison.Comparison``, largest own error first.
+    """
+    shown = sorted(tensors[:COMPARED], key=lambda tensor: tensor["position"])
+    figure, axes = _draw(1.2 + 0.28 * len(shown))
+    for key, offset, colour, label in (
+        ("sqnr_db", -0.2, INHERITED, "cumulative: integer run against float run"),
+        ("own_sqnr_db", 0.2, OWN, "own: from exact inputs"),
+    ):
+        rows = [i + offset for i in range(len(shown))]
+        axes.barh(rows, [t[key] for t in shown], height=0.38, color=colour, label=label)
+    axes.set_yticks(range(len(shown)), [_literal(t["tensor"]) for t in shown], fontsize=8)
+    axes.set_ylim(len(shown) - 0.4, -0.6)
+    axes.set_xlim(*_decibels([t[key] for t in shown for key in ("sqnr_db", "own_sqnr_db")]))
+    axes.set_xlabel("SQNR, dB: longer is nearer to the float model; bars up to the right edge: equal")
+    figure.legend(loc="outside upper right", ncols=2, frameon=False, fontsize=9)
+    return _png(figure)
+
+
+def depth_plot(layers: Sequence[dict[str, Any]]) -> bytes:
+    """How noise grows along the layers: SQNR at the end of each, and of its worst tensor's own error.
+
+    Args:
+        layers: of a ``quantize.comparison.Comparison``, in the order of computation.
+    """
+    figure, axes = _draw(3.2)
+    places = range(len(layers))
+    for key, colour, label in (
+        ("sqnr_db", INHERITED, "cumulative, at the layer's end"),
+        ("own_sqnr_db", OWN, "own, of the layer's worst tensor"),
+    ):
+        axes.plot(places, [layer[key] for layer in layers], marker="o", color=colour, label=label)
+    axes.set_xticks(places, [_literal(layer["layer"]) for layer in layers], rotation=90, fontsize=8)
+    axes.set_ylim(*_decibels([layer[key] for layer in layers for key in ("sqnr_db", "own_sqnr_db")]))
+    axes.set_ylabel("SQNR, dB")
+    figure.legend(loc="outside upper right", ncols=2, frameon=False, fontsize=9)
+    return _png(figure)
+
+
+def _decibels(values: Sequence[float]) -> tuple[float, float]:
+    """Limits of an axis that holds all ratios but those of equal tensors, which are as good as infinite."""
+    seen = [value for value in values if abs(value) < LARGEST_DB]
+    return min([0.0, *seen]), max([10.0, *seen]) + 3
 
 
 def zeros_plot(tensors: Sequence[dict[str, Any]]) -> bytes:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mamba_int.errors import MambaintError
 from mamba_int.graph import Graph
 from quantize.equality import Equality
 from quantize.measurement import Measurement
@@ -13,9 +15,11 @@ from quantize.summary import GraphSummary, magnitude_bits
 
 if TYPE_CHECKING:
     from mamba_int.training import Checkpoint
+    from mamba_int.training.evaluation import Score
+    from quantize.comparison import Comparison
 
 FORMAT = "mambaint-report"
-VERSION = 1
+VERSION = 2
 TWIN_FOLDER = "float-twin"
 
 
@@ -29,13 +33,14 @@ def twin_metric(checkpoint: Path, of: Checkpoint) -> float | None:
         MambaintError: if there is a twin but it cannot be read.
     """
     from mamba_int.training import load_checkpoint
+    from mamba_int.training.model_config import arithmetic_of
 
     path = checkpoint.parent / TWIN_FOLDER / checkpoint.name
     if not path.exists():
         return None
     twin = load_checkpoint(path)
-    same = twin.model_config.arithmetic == "float" and twin.data.fingerprint == of.data.fingerprint
-    metric = "accuracy" if of.model_config.task == "classification" else "bits_per_byte"
+    same = arithmetic_of(twin.model_config) == "float" and twin.data.fingerprint == of.data.fingerprint
+    metric = "accuracy" if of.data.tokenizer is None else "bits_per_byte"
     return twin.results.get(f"test_{metric}") if same else None
 
 
@@ -46,6 +51,9 @@ def make_report(
     equality: Equality,
     checkpoint_metric: float | None,
     twin: float | None,
+    comparison: Comparison | None = None,
+    float_score: Score | None = None,
+    file_bytes: int | None = None,
 ) -> dict[str, Any]:
     """Put together what was measured.
 
@@ -53,8 +61,20 @@ def make_report(
         graph: the model. summary: of it.
         measurement: of it, on the test split. equality: of the backends.
         checkpoint_metric: what training measured on the test split, if it did. twin: of the float twin.
+        comparison: of a converted model with the float model that it comes from.
+        float_score: of that float model, on the same test split
+            (``mamba_int.training.evaluate`` of ``quantize.measurement.text_tokens``).
+        file_bytes: size of the graph's file, if it is written.
+
+    Raises:
+        MambaintError: if the comparison is of another model.
     """
     metric = measurement.metric
+    if comparison is not None and comparison.model_id != graph.model_id:
+        raise MambaintError(
+            f"the comparison is of model {comparison.model_id[:16]}, the report of {graph.model_id[:16]}",
+            "compare the model that is reported",
+        )
     tensors = []
     for tensor in summary.tensors:
         seen = measurement.observed[tensor.name]
@@ -72,9 +92,13 @@ def make_report(
         "format": FORMAT,
         "version": VERSION,
         **summary.to_dict(),
+        "file_bytes": file_bytes,
         "card": dict(graph.card),
         f"test_{metric}": measurement.value,
+        "test_perplexity": _perplexity(metric, measurement.loss),
         "test_examples": measurement.examples,
+        f"float_{metric}": float_score.metric if float_score else None,
+        "float_perplexity": _perplexity(metric, float_score.loss) if float_score else None,
         f"float_twin_{metric}": twin,
         f"checkpoint_test_{metric}": checkpoint_metric,
         "equal_numpy_torch_onnx": equality.equal,
@@ -87,4 +111,11 @@ def make_report(
         },
         "tensors": tensors,
         "confusion": measurement.confusion,
+        "comparison": comparison.to_dict() if comparison else None,
     }
+
+
+def _perplexity(metric: str, loss: float) -> float | None:
+    """Of a language model: e to the mean cross entropy of a token."""
+    # A loss of more nats than e^x takes is that of a broken model.
+    return None if metric == "accuracy" else math.exp(min(loss, 700.0))

@@ -16,6 +16,11 @@ LARGEST_FRAC = 24
 """Values so small that more places would fit are as good as zero."""
 
 
+def largest_integer(bits: int) -> int:
+    """Largest magnitude of integers of so many bits, their sign included."""
+    return (1 << (bits - 1)) - 1
+
+
 def places_for(largest: float, limit: int) -> int:
     """Most binary places at which ``largest`` rounds to at most ``limit``; negative for large numbers."""
     if largest <= 0:

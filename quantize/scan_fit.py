@@ -10,7 +10,12 @@ import numpy as np
 from mamba_int.errors import MambaintError
 from mamba_int.graph import IntArray, Node, TensorType
 from mamba_int.operations import OPERATIONS
+from mamba_int.operations.ssd import node_bounds
+from quantize.graph_builder import LOWER, located
+from quantize.scales import largest_integer
 
+LEAST_BITS = 4
+"""Of C . B: fewer say nothing."""
 A_U_BITS = 12
 """Binary places, at most, of the decay that meets a state."""
 
@@ -35,7 +40,7 @@ class ScanShape:
     Attributes:
         x, B, C, n: types of its inputs; B is also B', for nothing is rotated.
         x_frac, B_frac, C_frac: their binary places.
-        headdim, chunk_size, decay_bits, A_bits: as in ``ssd``.
+        headdim, chunk_size, decay_bits, A_bits: as in ``ssd``. M_bits: of M, its sign included.
         largest_G: magnitude of C . B as an integer, beyond which it may saturate.
         seq_len: of the graph. carried: whether a state goes from chunk to chunk.
         max_bits: no intermediate exceeds 2**max_bits.
@@ -52,6 +57,7 @@ class ScanShape:
     chunk_size: int
     decay_bits: int
     A_bits: int
+    M_bits: int
     largest_G: int
     seq_len: int
     carried: bool
@@ -68,19 +74,25 @@ class ScanShape:
     def fits(self, attributes: Mapping[str, int]) -> bool:
         """Whether the scan provably stays inside the budget."""
         inputs = [self.x, self.B, self.C, self.n] + ([self.B] if self.carried else [])
+        node = self.node(attributes)
         try:
-            y = OPERATIONS["ssd"].infer(self.node(attributes), inputs, self.seq_len)
+            y = OPERATIONS["ssd"].infer(node, inputs, self.seq_len)
         except ValueError:
+            return False
+        if largest_integer(self.M_bits) < node_bounds(node, inputs).M:
             return False
         # The shift of y that follows adds half of its unit.
         return y.peak <= 1 << self.max_bits and y.magnitude <= 1 << (self.max_bits - 1)
 
 
-def fit_scan(shape: ScanShape) -> ScanFit:
+def fit_scan(name: str, shape: ScanShape) -> ScanFit:
     """The shifts of a scan.
 
     G keeps the bits that a product with A leaves it; the state keeps the most places whose carried product
     fits; y has the most places at which all of its sums fit.
+
+    Args:
+        name: of the node. shape: what it is given.
 
     Raises:
         MambaintError: if there are none: the budget is too small for this shape.
@@ -96,7 +108,7 @@ def fit_scan(shape: ScanShape) -> ScanFit:
         "decay_bits": s.decay_bits,
         "A_bits": s.A_bits,
         "G_shift": G_shift,
-        "G_limit": (1 << G_bits) - 1,
+        "G_limit": (1 << max(G_bits, 1)) - 1,
         "A_u_bits": A_u_bits,
         "H_align": 0,
         "rotation_frac": 0,
@@ -117,12 +129,12 @@ def fit_scan(shape: ScanShape) -> ScanFit:
 
     # The state first, whose places a long memory lives in: only its own sums limit them, not those of y.
     finest = s.x_frac + M_frac
-    for beta_shift in range(s.A_bits + 8) if s.carried else (0,):
+    for beta_shift in range(s.A_bits + 8 if s.carried else 1) if G_bits >= LEAST_BITS else ():
         for y_frac in range(finest, finest - s.A_bits - G_bits, -1):
             attributes = shifts(beta_shift, y_frac)
             if s.fits(attributes):
                 return ScanFit(attributes, s.node(attributes).constants, y_frac)
     raise MambaintError(
-        f"no scan of chunk_size = {s.chunk_size} fits {s.max_bits} bits",
-        "lower A_bits, decay_bits, scan_bits or chunk_size",
+        f"{located(name, 'ssd')} fits {s.max_bits} bits with no shifts, at chunk_size = {s.chunk_size}",
+        f"lower {LOWER['ssd']}, or raise M_bits or max_bits",
     )

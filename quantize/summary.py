@@ -22,7 +22,7 @@ class TensorSummary:
         peak_bits: of the largest intermediate of the operation.
         weights: ``ternary``, ``int8`` or wider, for a linear layer.
         zero_share: zeros among those weights.
-        parameters: integers the node holds.
+        parameters: integers the node holds. parameter_bits: what they take, ternary ones at 2 bits.
     """
 
     name: str
@@ -36,6 +36,7 @@ class TensorSummary:
     weights: str | None
     zero_share: float | None
     parameters: int
+    parameter_bits: int
 
 
 @dataclass(frozen=True)
@@ -98,11 +99,10 @@ def _weights(node: Node) -> tuple[str, float] | None:
 
 def summarize(graph: Graph) -> GraphSummary:
     """Describe a graph."""
-    tensors, size_bits = [], 0
+    tensors = []
     for node in graph.nodes:
         kind, weights = graph.types[node.name], _weights(node)
         arrays = [np.asarray(value) for value in node.constants.values()]
-        size_bits += sum(array.size * _storage_bits(array) for array in arrays)
         tensors.append(
             TensorSummary(
                 node.name,
@@ -116,6 +116,7 @@ def summarize(graph: Graph) -> GraphSummary:
                 weights[0] if weights else None,
                 weights[1] if weights else None,
                 sum(array.size for array in arrays),
+                sum(array.size * _storage_bits(array) for array in arrays),
             )
         )
     return GraphSummary(
@@ -123,7 +124,7 @@ def summarize(graph: Graph) -> GraphSummary:
         sum(count_operations(graph).values(), Counts()),
         graph.seq_len,
         sum(tensor.parameters for tensor in tensors),
-        -(-size_bits // 8),
+        -(-sum(tensor.parameter_bits for tensor in tensors) // 8),
         graph.max_bits,
         graph.model_id,
     )

@@ -854,7 +854,7 @@ class _QuaternionScan(torch.autograd.Function):
                 BLOCK=block,
                 LEVELS=s.levels,
                 PRECISION=s.precision,
-                SUM_PRECISION="tf32x3" if s.dtype == torch.float32 else "tf32",
+                SUM_PRECISION="ieee",
                 num_warps=4,
                 num_stages=1,
             )

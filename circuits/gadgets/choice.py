@@ -95,7 +95,11 @@ def select(condition: Value, first: Value, second: Value, tensor: TensorType) ->
 
 
 def table(source: Value, name: str, tensor: TensorType, values: IntArray) -> Ids:
-    """A one-hot row per element that points at it, times the ``values`` of ``source.type.low`` upwards."""
+    """A one-hot row per element that points at it, times the ``values`` of ``source.type.low`` upwards.
+
+    All tables of one tensor share its rows.
+    """
     b, x = source.builder, source.cells()
-    e = pointer(b, name, x.ravel(), source.type.low, len(values))
-    return b.dot("tk,k->t", e, b.constant(values), (tensor.low, tensor.high)).reshape(x.shape)
+    if source.pointer is None:
+        source.pointer = pointer(b, name, x.ravel(), source.type.low, len(values))
+    return b.dot("tk,k->t", source.pointer, b.constant(values), (tensor.low, tensor.high)).reshape(x.shape)

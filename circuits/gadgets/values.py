@@ -57,12 +57,14 @@ class Value(ABC):
     Attributes:
         name: of the graph's node.
         type: its shape and proven interval.
+        pointer: one-hot rows that point at its elements, once a table has made them.
     """
 
     def __init__(self, cells: Cells, name: str, tensor: TensorType) -> None:
         self.builder = cells
         self.name = name
         self.type = tensor
+        self.pointer: Ids | None = None
         self._cells: Ids | None = None
         self._sums_over_time: dict[bytes, Ids] = {}
 

@@ -1,6 +1,6 @@
-"""The integer graph as an ONNX file that ONNX Runtime executes with the same integers."""
+"""The integer graph as ONNX files that ONNX Runtime executes with the same integers."""
 
-from circuits.runtime.export import runtime_onnx
-from circuits.runtime.runner import OnnxRunner
+from circuits.runtime.export import DecodingOnnx, decoding_onnx, runtime_onnx
+from circuits.runtime.runner import OnnxDecoder, OnnxRunner
 
-__all__ = ["OnnxRunner", "runtime_onnx"]
+__all__ = ["DecodingOnnx", "OnnxDecoder", "OnnxRunner", "decoding_onnx", "runtime_onnx"]

@@ -13,11 +13,13 @@ from mamba_int.config import dataclass_from_dict
 from mamba_int.errors import MambaintError
 from mamba_int.files import read_json, read_toml, write_bytes, write_json
 
-Activation = Literal["silu", "gelu", "relu", "identity"]
+Activation = Literal["silu", "gelu", "relu", "identity", "squareplus", "algebraic_sigmoid"]
 """As in ``triton_kernels.activation``, which needs torch and this module does not."""
 ScanType = Literal["sequential", "chunked", "associative"]
 Pooling = Literal["last", "mean", "max"]
-FinalNorm = Literal["rms", "layer"]
+NormKind = Literal["rms", "bit_shift", "none"]
+FinalNorm = Literal["same", "layer"]
+HeadKind = Literal["linear", "bit_linear"]
 
 _RANGES = {
     "vocab_size": (1, 1 << 24),
@@ -31,6 +33,8 @@ _RANGES = {
     "dt_rank": (0, 1 << 16),
     "headdim": (1, 256),
     "n_groups": (1, 1 << 12),
+    "norm_min_shift": (-16, 16),
+    "norm_max_shift": (-16, 16),
 }
 
 
@@ -41,12 +45,14 @@ class MambaConfig:
     Attributes:
         mixer: name in ``mamba_int.float_models.mixer.MIXERS``: ``mamba`` (S6, arXiv 2312.00752), ``mamba2``
             (SSD, arXiv 2405.21060), ``complex_mamba`` (complex diagonal states), ``quaternion`` (also
-            ``_lite``, ``_full``, ``_full_lite``: quaternion states), or a registered one.
+            ``_lite``, ``_full``, ``_full_lite``: quaternion states), ``mamba_integer_v1`` and
+            ``mamba_integer_v2`` (ternary projections), or a registered one.
         vocab_size: tokens. pad_vocab_size_multiple: rows of the embedding are a multiple of this.
         n_features: channels of real inputs; 0 for token ids.
         d_model, n_layer, expand, d_state, d_conv: as in the papers; d_inner = expand d_model.
-        dt_rank: rank of the step sizes (mamba, complex_mamba); 0 for ceil(d_model / 16).
-        headdim, n_groups: of mamba2: d_inner / headdim heads, which share n_groups B and C.
+        dt_rank: rank of the step sizes (mamba, mamba_integer_v1); 0 for ceil(d_model / 16).
+        headdim: of mamba2 and mamba_integer_v2, which have d_inner / headdim heads.
+        n_groups: mamba2: B and C, which the heads share; those of mamba_integer_v2 have their own.
         activation: after the convolution. gate_activation: of the gate z.
         scan_type: how the recurrence is computed: one step after the other (``sequential``, also called
             linear), all chunks at once (``chunked``, on GPUs as Triton kernels), or ``associative``.
@@ -58,9 +64,13 @@ class MambaConfig:
         dt_limit_low, dt_limit_high: mamba2: step sizes are clamped to these; 0 for no upper limit.
         A_min, A_max: mamba2: initial -A, uniform.
         selective_axis: quaternion: the input turns the axes of the states' rotations.
-        norm_epsilon: added to mean squares.
-        pre_norm: (quaternion) blocks read the norm of the residual stream rather than itself.
-        final_norm: (quaternion) after the last block, ``rms`` or ``layer`` (with a bias, the mean taken off).
+        norm: before blocks, ``rms``, ``bit_shift`` (by powers of two) or, of quaternion mixers, ``none``.
+        final_norm: after the last block, ``same`` as before blocks or, of quaternion mixers, ``layer`` (with
+            a bias, the mean taken off).
+        norm_epsilon: added to mean squares (rms, layer).
+        norm_min_shift, norm_max_shift: bit_shift divides by 2^norm_min_shift to 2^norm_max_shift.
+        head: of the language model, ``linear`` or ``bit_linear`` (ternary).
+        scale_logits: the language model's logits are divided by sqrt(d_model).
         residual_in_fp32: keep the residual stream in float32 under autocast.
         tie_embeddings: the head of the language model is the embedding.
         num_labels: classes. pooling: what a classifier reads of a sequence. dropout: of the pooled vector.
@@ -95,9 +105,13 @@ class MambaConfig:
     A_min: float = 1.0
     A_max: float = 16.0
     selective_axis: bool = False
+    norm: NormKind = "rms"
+    final_norm: FinalNorm = "same"
     norm_epsilon: float = 1e-5
-    pre_norm: bool = True
-    final_norm: FinalNorm = "rms"
+    norm_min_shift: int = -3
+    norm_max_shift: int = 8
+    head: HeadKind = "linear"
+    scale_logits: bool = False
     residual_in_fp32: bool = True
     tie_embeddings: bool = True
     num_labels: int = 2
@@ -111,7 +125,7 @@ class MambaConfig:
 
     @property
     def n_heads(self) -> int:
-        """Heads of mamba2, d_inner / headdim."""
+        """Heads of mamba2 and mamba_integer_v2, d_inner / headdim."""
         return self.d_inner // self.headdim
 
     @property
@@ -134,12 +148,13 @@ class MambaConfig:
             need(low <= value <= high, f"{name} = {value}", f"choose {low} to {high}")
         need(0 < self.expand <= 64, f"expand = {self.expand}", "choose a number up to 64")
         need(self.d_inner >= 1, f"expand*d_model = {self.d_inner}", "choose a larger one")
-        if self.mixer == "mamba2":
+        if self.mixer in ("mamba2", "mamba_integer_v2"):
             need(
                 self.d_inner % self.headdim == 0,
                 f"expand*d_model = {self.d_inner} is not a multiple of headdim = {self.headdim}",
                 "choose a headdim that divides it",
             )
+        if self.mixer == "mamba2":
             need(
                 self.n_heads % self.n_groups == 0,
                 f"{self.n_heads} heads cannot share {self.n_groups} groups",
@@ -155,11 +170,15 @@ class MambaConfig:
             need(self.mixer == "quaternion", f"selective_axis with mixer = '{self.mixer}'", "set it to false")
         if not self.mixer.startswith("quaternion"):
             need(
-                self.pre_norm and self.final_norm == "rms",
-                f"pre_norm = {str(self.pre_norm).lower()}, final_norm = '{self.final_norm}' with mixer = "
-                f"'{self.mixer}'",
-                "only quaternion mixers have others than true and 'rms'",
+                self.norm != "none" and self.final_norm == "same",
+                f"norm = '{self.norm}', final_norm = '{self.final_norm}' with mixer = '{self.mixer}'",
+                "only quaternion mixers have 'none' and 'layer'",
             )
+        need(
+            self.norm != "none" or self.final_norm == "layer",
+            "norm = 'none' with final_norm = 'same'",
+            "set final_norm to 'layer'",
+        )
         need(0 < self.dt_min <= self.dt_max, "dt_min/dt_max", "choose 0 < dt_min <= dt_max")
         need(self.dt_init_floor > 0, f"dt_init_floor = {self.dt_init_floor}", "choose a positive one")
         need(
@@ -168,6 +187,11 @@ class MambaConfig:
             "choose 0 <= low < high, or high = 0 for none",
         )
         need(0 < self.A_min <= self.A_max, "A_min/A_max", "choose 0 < A_min <= A_max")
+        need(
+            self.norm_min_shift <= self.norm_max_shift,
+            "norm_min_shift exceeds norm_max_shift",
+            "choose norm_min_shift <= norm_max_shift",
+        )
         need(self.norm_epsilon > 0, f"norm_epsilon = {self.norm_epsilon}", "choose a positive one")
         need(self.BCdt_norm_epsilon > 0, "BCdt_norm_epsilon", "choose a positive one")
         need(0 <= self.dropout < 1, f"dropout = {self.dropout}", "choose 0 up to, not including, 1")

@@ -7,6 +7,7 @@ parameters, the residual stream, states and sums stay float32.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,9 @@ from torch.utils.checkpoint import checkpoint
 from mamba_int.errors import MambaintError
 
 # Importing a mixer registers it.
-from mamba_int.float_models import complex_mamba, mamba, mamba2, quaternion  # noqa: F401
+from mamba_int.float_models import complex_mamba, mamba, mamba2, mamba_integer, quaternion  # noqa: F401
+from mamba_int.float_models.bit_linear import BitLinear
+from mamba_int.float_models.bit_shift_norm import BitShiftNorm
 from mamba_int.float_models.cache import MambaCache
 from mamba_int.float_models.checkpoint import SafetensorsReader, read_config
 from mamba_int.float_models.config import MambaConfig, Pooling
@@ -32,7 +35,7 @@ from mamba_int.sampling import FloatSampler, SamplingConfig
 from triton_kernels.cross_entropy import IGNORED_LABEL, cross_entropy
 from triton_kernels.rms_norm import add_rms_norm
 
-DECAYS = ("A_log", "A_imag", "dt_bias", "Lambda_alpha", "Lambda_imag")
+DECAYS = ("A_log", "A_imag", "dt_bias", "base_decay_nums", "Lambda_alpha", "Lambda_imag")
 """Parameters that say how states fade and turn, by their names within a mixer."""
 
 
@@ -108,17 +111,24 @@ class ResidualLayerNorm(nn.Module):
         return F.layer_norm(total, self.weight.shape, self.weight, self.bias, self.eps), total
 
 
+def build_norm(config: MambaConfig, final: bool = False) -> nn.Module:
+    """The norm of the residual stream that a configuration names, before blocks or after the last one."""
+    c = config
+    if final and c.final_norm == "layer":
+        return ResidualLayerNorm(c.d_model, c.norm_epsilon, c.residual_in_fp32)
+    if c.norm == "none":
+        return ResidualSum(c.residual_in_fp32)
+    if c.norm == "bit_shift":
+        return BitShiftNorm(c.d_model, c.norm_min_shift, c.norm_max_shift, c.residual_in_fp32)
+    return RMSNorm(c.d_model, c.norm_epsilon, c.residual_in_fp32)
+
+
 class MambaBlock(nn.Module):
     """Norm and mixer of a layer; the residual is carried beside."""
 
     def __init__(self, config: MambaConfig) -> None:
         super().__init__()
-        c = config
-        self.norm: nn.Module
-        if c.pre_norm:
-            self.norm = RMSNorm(c.d_model, c.norm_epsilon, c.residual_in_fp32)
-        else:
-            self.norm = ResidualSum(c.residual_in_fp32)
+        self.norm = build_norm(config)
         self.mixer = build_mixer(config)
 
     def forward(
@@ -140,10 +150,10 @@ class MambaBackbone(nn.Module):
             self.embeddings = nn.Linear(c.n_features, c.d_model)
         else:
             self.embeddings = nn.Embedding(c.padded_vocab_size, c.d_model)
-            nn.init.normal_(self.embeddings.weight, std=0.02)
+            # A norm by powers of two raises small vectors by 2^-norm_min_shift at most.
+            nn.init.normal_(self.embeddings.weight, std=1.0 if c.norm == "bit_shift" else 0.02)
         self.layers = nn.ModuleList(MambaBlock(c) for _ in range(c.n_layer))
-        final = ResidualLayerNorm if c.final_norm == "layer" else RMSNorm
-        self.norm_f = final(c.d_model, c.norm_epsilon, c.residual_in_fp32)
+        self.norm_f = build_norm(c, final=True)
         self.gradient_checkpointing = False
         with torch.no_grad():
             for name, parameter in self.named_parameters():
@@ -322,7 +332,8 @@ class MambaForCausalLM(MambaModel):
                 f"[model] n_features = {config.n_features}", "a language model reads tokens: set it to 0"
             )
         super().__init__(config)
-        self.lm_head = nn.Linear(config.d_model, config.padded_vocab_size, bias=False)
+        make = BitLinear if config.head == "bit_linear" else nn.Linear
+        self.lm_head = make(config.d_model, config.padded_vocab_size, bias=False)
         if config.tie_embeddings:
             assert isinstance(self.backbone.embeddings, nn.Embedding)
             self.lm_head.weight = self.backbone.embeddings.weight
@@ -356,6 +367,8 @@ class MambaForCausalLM(MambaModel):
     def logits(self, hidden: Tensor) -> Tensor:
         """The head on hidden states, without the rows that pad the vocabulary."""
         logits: Tensor = self.lm_head(hidden)
+        if self.config.scale_logits:
+            logits = logits / math.sqrt(self.config.d_model)
         if logits.shape[-1] == self.config.vocab_size:
             return logits
         return logits[..., : self.config.vocab_size]

@@ -33,11 +33,20 @@ def _erf(x: Array) -> Array:
     return y
 
 
+def _squareplus(x: Array) -> Array:
+    x = np.clip(x, -50, 50)
+    root = np.sqrt(x * x + 4)
+    y: Array = np.where(x >= 0, (x + root) / 2, 2 / (root + np.abs(x)))
+    return y
+
+
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": lambda x: x * _sigmoid(x),
     "gelu": lambda x: 0.5 * x * (1 + _erf(x / math.sqrt(2))),
     "relu": lambda x: np.maximum(x, 0),
     "identity": lambda x: x,
+    "squareplus": _squareplus,
+    "algebraic_sigmoid": lambda x: 0.5 + 0.5 * x / (1 + np.abs(x)),
 }
 
 
@@ -47,6 +56,35 @@ def _softplus(x: Array) -> Array:
 
 def _normed(x: Array, eps: float) -> Array:
     y: Array = x / np.sqrt(np.mean(np.square(x), -1, keepdims=True) + eps)
+    return y
+
+
+def _bit_shift_normed(config: MambaConfig, x: Array) -> Array:
+    """``mamba_int.float_models.bit_shift_norm``."""
+    centred = x - np.mean(x, -1, keepdims=True)
+    _, exponent = np.frexp(np.mean(np.square(centred), -1, keepdims=True))
+    shift = np.clip((exponent - 1) // 2, config.norm_min_shift, config.norm_max_shift)
+    y: Array = np.ldexp(centred, -shift)
+    return y
+
+
+def _normed_residual(config: MambaConfig, parameters: Parameters, name: str, x: Array) -> Array:
+    """The norm before a block or at the end."""
+    weight = parameters[f"{name}.weight"]
+    if config.norm == "bit_shift":
+        weight = weight * parameters[f"{name}.step_size"]
+        y = _bit_shift_normed(config, x)
+    else:
+        y = _normed(x, config.norm_epsilon)
+    return y * weight
+
+
+def _bit_linear(weight: Array, x: Array) -> Array:
+    """``mamba_int.float_models.bit_linear``."""
+    scale = np.maximum(np.mean(np.abs(weight)), 1e-6)
+    largest = np.maximum(np.max(np.abs(x), -1, keepdims=True), 1e-8)
+    integers = np.round(127 * x / largest) @ np.clip(np.round(weight / scale), -1, 1).T
+    y: Array = integers * (scale * largest / 127)
     return y
 
 
@@ -137,7 +175,59 @@ def _complex_mamba(config: MambaConfig, parameters: Parameters, at: str, x: Arra
     return _linear(parameters, f"{at}.out_proj", y)
 
 
-_MIXERS = {"mamba": _mamba, "mamba2": _mamba2, "complex_mamba": _complex_mamba}
+def _mamba_integer(config: MambaConfig, parameters: Parameters, at: str, x: Array) -> Array:
+    """``mamba_int.float_models.mamba_integer``, either version."""
+    c = config
+    u, z = np.split(_bit_linear(parameters[f"{at}.in_proj.weight"], x), 2, -1)
+    u = _convolved(c, parameters, f"{at}.conv1d", u)
+    projected = _bit_linear(parameters[f"{at}.x_proj.weight"], u)
+    scan = _mamba_integer_v1_scan if c.mixer == "mamba_integer_v1" else _mamba_integer_v2_scan
+    y = scan(c, parameters, at, u, projected) * _ACTIVATIONS[c.gate_activation](z)
+    return _bit_linear(parameters[f"{at}.out_proj.weight"], y) * parameters[f"{at}.res_gate"]
+
+
+def _mamba_integer_v1_scan(
+    config: MambaConfig, parameters: Parameters, at: str, u: Array, projected: Array
+) -> Array:
+    c = config
+    r, B, C = np.split(projected, [c.rank, c.rank + c.d_state], -1)
+    m = np.clip(_bit_linear(parameters[f"{at}.dt_proj.weight"], r), -20, 20)
+    values = u * np.clip(0.01 * _squareplus(m), 0.001, 0.1)
+    h = np.zeros((len(u), c.d_inner, c.d_state), u.dtype)
+    y = np.empty_like(u)
+    for t in range(u.shape[1]):
+        decay = np.clip(parameters[f"{at}.base_decay_nums"] + m[:, t, :, None], 0, 32000) / 2**15
+        h = decay * h + (1 - decay) * values[:, t, :, None] * B[:, t, None]
+        y[:, t] = np.einsum("bdn,bn->bd", h, C[:, t])
+    return y
+
+
+def _mamba_integer_v2_scan(
+    config: MambaConfig, parameters: Parameters, at: str, u: Array, projected: Array
+) -> Array:
+    c = config
+    batch, length = u.shape[:2]
+    heads = projected.reshape(batch, length, c.n_heads, 1 + 2 * c.d_state)
+    dt, B, C = np.split(heads, [1, 1 + c.d_state], -1)
+    B, C = (v / (np.linalg.norm(v, axis=-1, keepdims=True) + 1e-6) for v in (B, C))
+    step = np.clip(_softplus(np.clip(dt[..., 0], -10, 10)), 0.01, 10)
+    decay = np.exp(np.clip(np.clip(parameters[f"{at}.A_log"], -2.3, -0.01) * step, -20, -0.001))
+    values = u.reshape(batch, length, c.n_heads, c.headdim)
+    h = np.zeros((batch, c.n_heads, c.headdim, c.d_state), u.dtype)
+    y = np.empty_like(values)
+    for t in range(length):
+        h = decay[:, t, :, None, None] * h + values[:, t, ..., None] * B[:, t, :, None]
+        y[:, t] = np.einsum("bhpn,bhn->bhp", h, C[:, t])
+    return y.reshape(u.shape)
+
+
+_MIXERS = {
+    "mamba": _mamba,
+    "mamba2": _mamba2,
+    "complex_mamba": _complex_mamba,
+    "mamba_integer_v1": _mamba_integer,
+    "mamba_integer_v2": _mamba_integer,
+}
 
 
 class NumpyMamba:
@@ -179,10 +269,9 @@ class NumpyMamba:
                 residual = p["backbone.embeddings.weight"][inputs]
             for i in range(c.n_layer):
                 at = f"backbone.layers.{i}"
-                x = _normed(residual, c.norm_epsilon) * p[f"{at}.norm.weight"]
+                x = _normed_residual(c, p, f"{at}.norm", residual)
                 residual = residual + _MIXERS[c.mixer](c, p, f"{at}.mixer", x)
-            y: Array = _normed(residual, c.norm_epsilon) * p["backbone.norm_f.weight"]
-            return y
+            return _normed_residual(c, p, "backbone.norm_f", residual)
         except KeyError as error:
             raise MambaintError(
                 f"the parameter {error} is missing", "give the weights of this configuration"
@@ -194,8 +283,9 @@ class NumpyMamba:
         hidden = self.hidden(inputs)
         if self.architecture == "MambaForCausalLM":
             head = p["backbone.embeddings.weight"] if c.tie_embeddings else p["lm_head.weight"]
-            logits: Array = hidden @ head[: c.vocab_size].T
-            return logits
+            logits = _bit_linear(head, hidden) if c.head == "bit_linear" else hidden @ head.T
+            logits = logits[..., : c.vocab_size]
+            return logits / math.sqrt(c.d_model) if c.scale_logits else logits
         if c.pooling == "last":
             pooled = hidden[:, -1]
         else:

@@ -18,15 +18,13 @@ d_model are used. It is for small checkpoints of that program.
 matrices:
 
 - The d_inner / n_groups channels of a group share q, B and C, as those of a head of Mamba-2 share B and C.
-Each
-  of the d_state states of a group has its own dt, so that the input turns and fades every one of them by
-  itself.
+  Each of the d_state states of a group has its own dt, so that the input turns and fades every one of them
+  by itself.
 - B_t is dt_t B_t, the step of Euler's method: slow states do not outweigh fast ones.
 - Im Lambda is not bounded, and the norm keeps directions.
-- ``selective_axis``: Im(dt_t Lambda) + axis_proj x takes the place of Im(dt_t Lambda). With the fixed axis
-all q_t
-  of a state commute, so that it sees turns but not their order; with this one they do not, and h composes
-  rotations.
+- ``selective_axis``: Im(dt_t Lambda) + axis_proj x takes the place of Im(dt_t Lambda). With the fixed
+  axis all q_t of a state commute, so that it sees turns but not their order; with this one they do not, and
+  h composes rotations.
 
 The ``_lite`` forms have real states: Im Lambda = 0, and only the real part of B.
 """

@@ -9,7 +9,7 @@ from mamba_int.operations.linear import Conv, Linear
 from mamba_int.operations.norm import Norm
 from mamba_int.operations.rotate import Rotate
 from mamba_int.operations.rounding import Clamp, Relu, Shift
-from mamba_int.operations.shape import Reduce, Slice
+from mamba_int.operations.shape import Concat, Reduce, Slice
 from mamba_int.operations.ssd import Ssd
 
 OPERATIONS: dict[str, Operation] = {
@@ -34,6 +34,7 @@ OPERATIONS: dict[str, Operation] = {
         Isqrt(),
         Div(),
         Slice(),
+        Concat(),
         Reduce(),
     )
 }

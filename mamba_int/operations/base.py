@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -24,7 +24,11 @@ def nobody(name: str, value: Any) -> None:
     """The :data:`Record` of runs in which nobody looks at intermediates."""
 
 
-def recorder(node: Node, trace: dict[str, Any] | None) -> Record:
+Trace = MutableMapping[str, Any]
+"""Receives tensors by name: a dictionary, or something that looks at each and lets it go."""
+
+
+def recorder(node: Node, trace: Trace | None) -> Record:
     """Enters the intermediates of a node into a trace, if there is one, as ``node.intermediate``."""
     if trace is None:
         return nobody

@@ -14,15 +14,27 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+BLOCK = 1 << 22
+"""Weights whose magnitudes are held at a time."""
+
+
 def _dot_bounds(weight: IntArray, bias: IntArray | None, x: TensorType) -> tuple[int, int, int]:
     """Low, high and peak of ``weight [outputs, terms] . x + bias``: exact interval arithmetic."""
-    # Python integers from here on: a foreign file must not make the bounds themselves wrap.
-    positive = np.maximum(weight, 0).astype(object).sum(1)
-    negative = np.minimum(weight, 0).astype(object).sum(1)
-    offset = (bias if bias is not None else np.zeros(len(weight), np.int64)).astype(object)
+    outputs, terms = weight.shape
+    largest = max(int(weight.max()), -int(weight.min()))
+    # A foreign file must not make the bounds themselves wrap: sums in int64 where those are exact, and
+    # Python integers from there on.
+    exact = weight.astype(np.int64 if largest * terms < 1 << 62 else object, copy=False)
+    rows = max(1, BLOCK // terms)
+    total = exact.sum(1).astype(object)
+    magnitude = np.concatenate(
+        [np.abs(exact[i : i + rows]).sum(1).astype(object) for i in range(0, outputs, rows)]
+    )
+    positive, negative = (magnitude + total) // 2, (total - magnitude) // 2
+    offset = (bias if bias is not None else np.zeros(outputs, np.int64)).astype(object)
     low = (positive * x.low + negative * x.high + offset).min()
     high = (positive * x.high + negative * x.low + offset).max()
-    peak = ((positive - negative) * x.magnitude + np.abs(offset)).max()
+    peak = (magnitude * x.magnitude + np.abs(offset)).max()
     return int(low), int(high), int(peak)
 
 

@@ -64,7 +64,8 @@ class CapturedBackward:
             parameter.grad = None
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        # Its random numbers are given back: a resumed run captures anew, and must draw the same ones.
+        with torch.random.fork_rng([self._inputs.device]), torch.cuda.stream(stream):
             self._backward(self._inputs, self._targets, share)
         torch.cuda.current_stream().wait_stream(stream)
         for parameter, gradient in zip(self._parameters, self._gradients, strict=True):

@@ -12,12 +12,12 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from mamba_int.config import MambaIntConfig
 from mamba_int.datasets import ClassificationData, DataSource, TextData, Tokenizer
 from mamba_int.errors import MambaintError
 from mamba_int.files import read_bytes
 from mamba_int.training.config import TrainingConfig
 from mamba_int.training.container import read_container, require_keys, write_container
+from mamba_int.training.model_config import ModelConfig, model_config_from_dict
 
 FORMAT = "mambaint-checkpoint"
 VERSION = 2
@@ -133,16 +133,16 @@ class Checkpoint:
     """A checkpoint in memory.
 
     Attributes:
-        model_config: the model's configuration.
+        model_config: the configuration of the native or float model.
         training_config: the recipe it was trained with.
         data: its data.
         results: measured numbers by name, such as ``test_accuracy``.
         model_state: for ``model.load_state_dict``.
-        integers: the frozen integers, int64, by name; empty for a float twin.
+        integers: the frozen integers, int64, by name; empty for a float twin and a float model.
         sha256: hex digest of the file.
     """
 
-    model_config: MambaIntConfig
+    model_config: ModelConfig
     training_config: TrainingConfig
     data: DataDescription
     results: dict[str, float]
@@ -153,7 +153,7 @@ class Checkpoint:
 
 def save_checkpoint(
     path: Path,
-    model_config: MambaIntConfig,
+    model_config: ModelConfig,
     training_config: TrainingConfig,
     data: DataDescription,
     results: Mapping[str, float],
@@ -208,7 +208,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     if not all(name in _RESULTS and type(value) in (int, float) for name, value in results.items()):
         raise MambaintError(f"{path} holds unexpected results", _REMEDY)
     return Checkpoint(
-        MambaIntConfig.from_dict(description["model"]),
+        model_config_from_dict(description["model"]),
         TrainingConfig.from_dict(description["training"]),
         DataDescription.from_dict(description["data"]),
         results,

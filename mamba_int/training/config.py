@@ -41,6 +41,8 @@ class TrainingConfig:
         freeze_at: fraction of training after which the activation scales are frozen.
         observe_every: steps between looks at the activations that set their scales, until they are frozen; on
             a GPU the steps between run as CUDA graphs.
+        autocast: float models on a GPU: dtype of matrix products and activations in training steps
+            (``torch.autocast``); ``none`` for float32. Weights, states and scores are float32 in any case.
         label_smoothing: of the cross entropy.
         shift_augmentation: classification: reach of random shifts in step and feature.
         noise_augmentation: classification: non-zero inputs move by a random integer up to this, clamped.
@@ -79,6 +81,7 @@ class TrainingConfig:
     non_finite_limit: int = 3
     freeze_at: float = 0.5
     observe_every: int = 1
+    autocast: Literal["none", "bfloat16"] = "none"
     label_smoothing: float = 0.0
     shift_augmentation: int = 0
     noise_augmentation: int = 0

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 
 class TrainableModel(Protocol):
-    """A model the trainer can train: :class:`~mamba_int.model.MambaInt`, or a small stand-in in tests.
+    """A model the trainer can train: :class:`~mamba_int.model.MambaInt`, a float model
+    (:class:`~mamba_int.training.float_model.TrainableFloatModel`), or a small stand-in in tests.
 
     ``forward`` maps int64 inputs to float32 logits: [n, T, C] to [n, classes], or (language model)
     [n, T] to [n, T, vocabulary]. While training it updates its own estimates of the activation

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mamba_int.config import MambaIntConfig
 from mamba_int.datasets import ClassificationData, DataSource, TextData, save_tokenizer
 from mamba_int.errors import MambaintError
 from mamba_int.files import remove
@@ -25,6 +24,7 @@ from mamba_int.training.config import TrainingConfig
 from mamba_int.training.data_parallel import Ranks
 from mamba_int.training.evaluation import Score, evaluate
 from mamba_int.training.metrics import truncate_metrics
+from mamba_int.training.model_config import ModelConfig, arithmetic_of
 from mamba_int.training.optimizer import make_optimizer
 from mamba_int.training.protocol import TrainableModel
 from mamba_int.training.schedule import learning_rate_factor
@@ -72,7 +72,7 @@ class TrainingRun:
     def __init__(
         self,
         model: TrainableModel,
-        model_config: MambaIntConfig,
+        model_config: ModelConfig,
         config: TrainingConfig,
         data: ClassificationData | TextData,
         source: DataSource,
@@ -270,7 +270,9 @@ class TrainingRun:
 
     def _add_gradients(self, inputs: Tensor, targets: Tensor, share: float) -> tuple[Tensor, Tensor]:
         """Add the gradients of a part of a batch; its share in the loss, and its right answers."""
-        logits = self.model(inputs)
+        half = self.config.autocast == "bfloat16" and self.device.type == "cuda"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
+            logits = self.model(inputs)
         loss = share * functional.cross_entropy(
             logits.flatten(0, -2), targets.flatten(), label_smoothing=self.config.label_smoothing
         )
@@ -342,7 +344,7 @@ class TrainingRun:
         self.model.eval()
         if not self.ranks.first:
             return
-        integral = self.model_config.arithmetic == "integer"
+        integral = arithmetic_of(self.model_config) == "integer"
         save_checkpoint(
             self.folder / name,
             self.model_config,

@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mamba_int.config import MambaIntConfig
 from mamba_int.datasets import ClassificationData, DataSource, TextData
 from mamba_int.device import resolve_device
 from mamba_int.errors import MambaintError
+from mamba_int.float_models.config import MambaConfig
 from mamba_int.training.config import TrainingConfig
 from mamba_int.training.data_parallel import ALONE, Ranks
 from mamba_int.training.metrics import append_metrics, plot_metrics
+from mamba_int.training.model_config import ModelConfig
 from mamba_int.training.protocol import TrainableModel
 from mamba_int.training.run import CHECKPOINT_FILE, LAST_FILE, METRICS_FILE, PLOT_FILE, TrainingRun
 from mamba_int.training.tensorboard import TensorBoardLog
@@ -251,15 +252,19 @@ def _log(run: TrainingRun, tensorboard: bool) -> Iterator[Callable[[dict[str, An
             board.close()
 
 
-def _new_model(config: MambaIntConfig, seed: int) -> TrainableModel:
-    # Imported late so that the trainer can be used (and tested) without the model.
+def _new_model(config: ModelConfig, data: ClassificationData | TextData, seed: int) -> TrainableModel:
+    # Imported late so that the trainer can be used (and tested) without the models.
+    if isinstance(config, MambaConfig):
+        from mamba_int.training.float_model import new_float_model
+
+        return new_float_model(config, data, seed)
     from mamba_int.model import MambaInt
 
     return MambaInt(config, seed)
 
 
 def train(
-    model_config: MambaIntConfig,
+    model_config: ModelConfig,
     training_config: TrainingConfig,
     data: ClassificationData | TextData,
     source: DataSource,
@@ -270,7 +275,7 @@ def train(
     ranks: Ranks = ALONE,
     tensorboard: bool = False,
     progress: Callable[[Progress], None] | None = None,
-    build_model: Callable[[MambaIntConfig, int], TrainableModel] = _new_model,
+    build_model: Callable[[Any, int], TrainableModel] | None = None,
 ) -> TrainingResult:
     """Train a model in a folder, or finish the training an earlier call began there.
 
@@ -281,7 +286,7 @@ def train(
     twin is the same call with ``arithmetic="float"``, ``training_config.twin()`` and another folder.
 
     Args:
-        model_config: the model; its shape must fit the data.
+        model_config: the model, native or float; its shape must fit the data.
         training_config: the recipe.
         data: what :func:`~mamba_int.datasets.load_data` returned for ``source``.
         source: where the data came from, for the checkpoint.
@@ -293,7 +298,7 @@ def train(
             up to the rounding of sums, and the same bits in every run with as many processes.
         tensorboard: also log for TensorBoard, into ``tensorboard/``.
         progress: called after every step, in this thread.
-        build_model: makes the model from a configuration and a seed.
+        build_model: makes another model than the configuration's own, from that and a seed.
 
     Returns:
         Test and validation metric of the kept checkpoint, and where it is.
@@ -304,11 +309,18 @@ def train(
             or SIGTERM (the state is saved by then).
     """
     _check_fit(model_config, data)
+    if training_config.autocast != "none" and not isinstance(model_config, MambaConfig):
+        raise MambaintError(
+            f"[training] autocast = {training_config.autocast} would round the integers of a native model",
+            "set autocast = none",
+        )
     chosen = device if isinstance(device, torch.device) else resolve_device(device)
     cuda_devices = [chosen] if chosen.type == "cuda" else []
     with _threads(training_config.threads), torch.random.fork_rng(devices=cuda_devices):
         torch.manual_seed(training_config.seed)
-        model = build_model(model_config, training_config.seed).to(chosen)
+        seed = training_config.seed
+        model = build_model(model_config, seed) if build_model else _new_model(model_config, data, seed)
+        model = model.to(chosen)
         run = TrainingRun(model, model_config, training_config, data, source, folder, chosen, ranks)
         resumed = run.start(restart)
         with _log(run, tensorboard) as log:
@@ -330,10 +342,17 @@ def train(
     )
 
 
-def _check_fit(config: MambaIntConfig, data: ClassificationData | TextData) -> None:
+def _check_fit(config: ModelConfig, data: ClassificationData | TextData) -> None:
     """Refuse a model of another task or shape before the first tensor does it less clearly."""
-    if isinstance(data, TextData):
-        wanted: dict[str, Any] = {"task": "language_model", "vocab_size": data.vocab_size}
+    wanted: dict[str, Any]
+    if isinstance(config, MambaConfig):
+        wanted = (
+            {"n_features": 0, "vocab_size": data.vocab_size}
+            if isinstance(data, TextData)
+            else {"n_features": data.n_features, "num_labels": data.n_classes}
+        )
+    elif isinstance(data, TextData):
+        wanted = {"task": "language_model", "vocab_size": data.vocab_size}
     else:
         wanted = {
             "task": "classification",

@@ -11,7 +11,7 @@ from torch import nn
 
 from mamba_int.errors import MambaintError
 from mamba_int.float_models.config import MambaConfig, Pooling
-from quantize.importers.plan import DOUBLED, Plan, expansion
+from quantize.importers.plan import DOUBLED, Plan, count_layers, expansion
 from quantize.importers.source import SourceCheckpoint
 
 _TABLE = "embedding.token_embedding.weight"
@@ -63,7 +63,7 @@ class MiniMamba:
             # Without a table it reads vectors: ours does through an identity.
             n_features=0 if table in keys else d_model,
             d_model=d_model,
-            n_layer=settings.integer("n_layer", _count(source, layers)),
+            n_layer=settings.integer("n_layer", count_layers(source, layers)),
             expand=expansion(d_inner, d_model),
             d_state=d_state,
             d_conv=source.shape(f"{mixer}conv1d.weight", 3)[2],
@@ -106,12 +106,6 @@ class MiniMamba:
             copies={head: table} if tied else {},
             notes=tuple(notes),
         )
-
-
-def _count(source: SourceCheckpoint, layers: str) -> int:
-    """One more than the highest layer that has a tensor; a gap is then found as missing tensors."""
-    numbers = (key.removeprefix(layers).split(".")[0] for key in source.keys if key.startswith(layers))
-    return 1 + max((int(number) for number in numbers if number.isdecimal()), default=0)
 
 
 def _tied(source: SourceCheckpoint, table: str, head: str) -> bool:

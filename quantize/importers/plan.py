@@ -63,6 +63,7 @@ class Plan:
         constants: parameters that the source does not have and what fills them, by the same names or, outside
             of a mixer, by their full ones.
         copies: tensors of the source that may be there and then equal another one: tied weights.
+        buffers: tensors of the source that are no parameters; the importer has looked at them.
         notes: what a reader of the model should know.
     """
 
@@ -72,6 +73,7 @@ class Plan:
     forms: Mapping[str, Form] = field(default_factory=dict)
     constants: Mapping[str, Callable[[Tensor], object]] = field(default_factory=dict)
     copies: Mapping[str, str] = field(default_factory=dict)
+    buffers: frozenset[str] = frozenset()
     notes: tuple[str, ...] = ()
 
     def build(self, source: SourceCheckpoint) -> FloatModel:
@@ -112,7 +114,7 @@ class Plan:
         shapes |= {copy: shapes[original] for copy, original in self.copies.items() if copy in source.keys}
         present = set(source.keys)
         missing = [key for key in shapes if key not in present]
-        unknown = sorted(present - set(shapes))
+        unknown = sorted(present - set(shapes) - self.buffers)
         misshapen = [
             f"{key} {list(source.shape(key))} instead of {list(shape)}"
             for key, shape in shapes.items()
@@ -136,6 +138,17 @@ class Plan:
 
 def _within_mixer(name: str) -> str:
     return name.rpartition(".mixer.")[2]
+
+
+def count_layers(source: SourceCheckpoint, layers: str) -> int:
+    """One more than the highest layer that has a tensor; a gap is then found as missing tensors.
+
+    Args:
+        source: the checkpoint.
+        layers: what comes before a layer's number in its keys.
+    """
+    numbers = (key.removeprefix(layers).split(".")[0] for key in source.keys if key.startswith(layers))
+    return 1 + max((int(number) for number in numbers if number.isdecimal()), default=0)
 
 
 def expansion(d_inner: int, d_model: int) -> float:

@@ -61,7 +61,7 @@ class Quaternion:
             expand=expansion(d_inner, d_model),
             d_state=d_state,
             d_conv=source.shape("layers.0.conv1d.conv.weight", 3)[2],
-            pre_norm=False,
+            norm="none",
             final_norm="layer",
             tie_embeddings=False,
         )

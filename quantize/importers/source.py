@@ -301,13 +301,18 @@ class SourceCheckpoint:
             )
         return shape
 
+    def read_buffer(self, key: str) -> Tensor:
+        """A tensor of any dtype, as it is, that becomes no parameter."""
+        value: Tensor = self._reader[self._names[key]]
+        return value
+
     def read(self, key: str) -> Tensor:
         """A tensor in float32.
 
         Raises:
             MambaintError: naming it if it is no float, or has a value that is not a finite float32.
         """
-        value: Tensor = self._reader[self._names[key]]
+        value = self.read_buffer(key)
         dtype = str(value.dtype).removeprefix("torch.")
         if value.dtype not in _FLOATS:
             raise MambaintError(

@@ -18,7 +18,6 @@ import pytest
 from onnx import numpy_helper
 
 from circuits.lowering import COMMITTED_INPUT, MODEL_INPUT, build_circuit
-from cli.proving import statement
 from mamba_int.graph import Graph
 from tests.attacks.command import accepted, run_command
 from tests.attacks.test_siblings import prove_under_foreign_keys
@@ -30,6 +29,7 @@ from zk.keys import make_keys
 from zk.opening import Opening
 from zk.package import read_package
 from zk.proof import Proof, decode_proof
+from zk.provable import statement
 from zk.prove import prove
 from zk.srs import development_srs
 

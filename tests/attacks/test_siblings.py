@@ -69,6 +69,7 @@ def of_slice(*after: Node) -> Graph:
 
 RELU_OF_SLICE = of_slice(node("r", "relu", "s"))
 SUM_OF_SLICE = of_slice(node("sum", "reduce", "s", kind="sum"))
+MAX_OF_SLICE = of_slice(node("max", "reduce", "s", kind="max"))
 LAST_OF_SLICE = of_slice(node("last", "reduce", "s", kind="last"))
 NORM_OF_SLICE = of_slice(dataclasses.replace(GRAPHS["norm"]().by_name["y"], inputs=("s",)))
 SMALL_SHIFT = chain(node("q", "shift", "input", places=2))
@@ -154,6 +155,8 @@ CHANGES: dict[str, tuple[Graph, Callable[[Graph], Graph]]] = {
     ),
     "compare: sides exchanged": (GRAPHS["compare"](), lambda g: other_inputs(g, "out", "r", "l")),
     "select: branches exchanged": (GRAPHS["select"](), lambda g: other_inputs(g, "out", "g", "r", "l")),
+    "concat: parts exchanged": (GRAPHS["concat"](), lambda g: other_inputs(g, "j", "s", "s", "input")),
+    "reduce: max of other elements": (MAX_OF_SLICE, lambda g: other_attributes(g, "s", start=1, stop=4)),
     "reduce: sum of other elements": (SUM_OF_SLICE, lambda g: other_attributes(g, "s", start=1, stop=4)),
     "reduce: last of other elements": (LAST_OF_SLICE, lambda g: other_attributes(g, "s", start=1, stop=4)),
 }

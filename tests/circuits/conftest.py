@@ -320,7 +320,25 @@ GRAPHS: dict[str, Callable[[], Graph]] = {
     "isqrt": _squareplus,
     "div": _algebraic,
     "slice": lambda: chain(node("s", "slice", "input", start=1, stop=3), T=3),
+    "concat": lambda: chain(
+        node("r", "relu", "input"),
+        node("s", "slice", "r", start=1, stop=3),
+        node("j", "concat", "s", "input", "s"),
+        T=3,
+        C=3,
+    ),
+    "concat_of_pooled": lambda: chain(
+        node("last", "reduce", "input", kind="last"),
+        node("sum", "reduce", "input", kind="sum"),
+        node("j", "concat", "last", "sum"),
+        T=3,
+        C=3,
+    ),
     "reduce_sum": lambda: chain(node("s", "reduce", "input", kind="sum"), C=3),
+    "reduce_max": lambda: chain(node("s", "reduce", "input", kind="max"), T=5, C=3),
+    "reduce_max_of_one_step": lambda: chain(
+        node("r", "relu", "input"), node("s", "reduce", "r", kind="max"), T=1, C=2
+    ),
     "reduce_last": lambda: chain(node("r", "relu", "input"), node("s", "reduce", "r", kind="last"), T=3, C=3),
 }
 """Small graphs by what they exercise; every operation is the heart of at least one."""

@@ -23,12 +23,7 @@ def compare_all(graph: Graph, inputs: IntArray, traced: bytes | None = None) -> 
     """PyTorch and ONNX Runtime against the specification."""
     runner = OnnxRunner(traced if traced is not None else graph)
 
-    def trace_onnx(batch: IntArray) -> dict[str, IntArray]:
-        trace: dict[str, IntArray] = {}
-        runner(batch, trace)
-        return trace
-
-    tracers = {"torch": torch_tracer(graph), "onnx": trace_onnx}
+    tracers = {"torch": torch_tracer(graph), "onnx": runner}
     return compare(graph, inputs, tracers, {"logits": OnnxRunner(runtime_onnx(graph))})
 
 
@@ -79,6 +74,20 @@ def test_no_operation_of_the_graph_lacks_a_lowering() -> None:
 def test_shift_rounds_negative_halves_up_like_the_specification(places: int) -> None:
     graph = graph_of(features(-127, 127, 255), Node("y", "shift", ("input",), {"places": places}))
     assert compare_all(graph, np.arange(-127, 128).reshape(1, 1, 255)).first is None
+
+
+@pytest.mark.parametrize(("top", "bits"), [(129000, 24), (131071, 25), (4190000, 29)])
+@pytest.mark.parametrize("places", [1, 6, 17])
+def test_shift_is_exact_up_to_the_widest_integer_of_its_dtype(top: int, bits: int, places: int) -> None:
+    weight = np.array([[top, 256, 1], [-top, -256, -1]])
+    wide = Node("wide", "linear", ("input",), constants={"weight": weight})
+    graph = graph_of(features(-128, 127, 3), wide, Node("y", "shift", ("wide",), {"places": places}))
+    assert graph.max_bits == bits
+    inputs = np.random.default_rng(0).integers(-128, 128, (500, 1, 3))
+    # The ends, and every residue of the smallest shifts beside them.
+    inputs[:256, :, 0] = np.resize([-128, 127], (256, 1))
+    inputs[:256, 0, 2] = np.arange(-128, 128)
+    assert compare_all(graph, inputs).first is None
 
 
 def test_shift_of_53_bits_runs_in_int64() -> None:
@@ -144,14 +153,69 @@ def test_isqrt_is_exact_beside_perfect_squares(offset: int, factor: int) -> None
     assert (OnnxRunner(graph)(inputs) == inputs * factor - (offset < 0)).all()
 
 
-@pytest.mark.parametrize(("largest", "kind"), [(1, "MatMulInteger"), (64, "MatMulInteger"), (65, "MatMul")])
-def test_weights_that_saturate_an_int8_kernel_without_vnni_stay_out_of_it(largest: int, kind: str) -> None:
-    weight = np.full((3, 16), largest)
-    graph = graph_of(features(-127, 127, 16), Node("y", "linear", ("input",), constants={"weight": weight}))
-    model = onnx.load_from_string(runtime_onnx(graph))
-    assert kind in [node.op_type for node in model.graph.node]
-    inputs = np.stack([np.full((1, 16), 127), np.full((1, 16), -127)])
-    assert compare_all(graph, inputs).first is None
+def linear(low: int, high: int, weight: IntArray) -> tuple[Graph, list[str]]:
+    graph = graph_of(
+        features(low, high, weight.shape[1]), Node("y", "linear", ("input",), constants={"weight": weight})
+    )
+    return graph, [node.op_type for node in onnx.load_from_string(runtime_onnx(graph)).graph.node]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "largest", "stored"),
+    [
+        (-127, 127, 64, TensorProto.INT8),
+        (-127, 127, 65, TensorProto.UINT8),
+        (-127, 127, 127, TensorProto.UINT8),
+        (0, 127, 127, TensorProto.INT8),
+        (0, 255, 1, TensorProto.INT8),
+        (-128, 127, 127, TensorProto.UINT8),
+        (-200, 55, 127, TensorProto.UINT8),
+        (3, 100, 127, TensorProto.INT8),
+    ],
+)
+def test_int8_products_that_a_kernel_without_vnni_would_saturate_are_of_uint8(
+    low: int, high: int, largest: int, stored: int
+) -> None:
+    """Every corner of the interval against weights of both signs at their largest, on many terms."""
+    random = np.random.default_rng(0)
+    weight = np.concatenate([np.full((1, 96), largest), random.choice([-largest, largest], (7, 96))])
+    graph, kinds = linear(low, high, weight)
+    assert "MatMulInteger" in kinds
+    (matrix,) = [t for t in onnx.load_from_string(runtime_onnx(graph)).graph.initializer if len(t.dims) == 2]
+    assert matrix.data_type == stored
+    inputs = random.choice([low, high], (64, 1, 96))
+    inputs[0], inputs[1] = low, high
+    np.testing.assert_array_equal(OnnxRunner(graph)(inputs), evaluate(graph, inputs))
+
+
+@pytest.mark.parametrize("bits", [24, 25, 50])
+def test_products_beyond_int8_are_exact_at_the_edge_of_their_float(bits: int) -> None:
+    """2^24 is the last sum that float32 holds; odd sums beyond it must be in float64."""
+    width, weight = 4, (1 << (bits - 10)) - 1
+    rows = np.full((3, width), weight)
+    rows[1:, 0] += 1
+    rows[2] *= -1
+    graph, kinds = linear(-255, 255, rows)
+    assert "MatMulInteger" not in kinds
+    inputs = np.random.default_rng(0).choice([-255, 254, 255], (50, 1, width))
+    np.testing.assert_array_equal(OnnxRunner(graph)(inputs), evaluate(graph, inputs))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (6, 1), (6, 3), (1, 5)])
+def test_matrices_that_only_scale_or_sum_are_no_products(shape: tuple[int, int]) -> None:
+    outputs, width = shape
+    scaling = np.kron(np.eye(width, dtype=np.int64), np.ones((outputs // width or 1, 1), np.int64))
+    weight = scaling * np.arange(1, len(scaling) + 1)[:, None] * 1001 if outputs > 1 else np.ones(shape, int)
+    graph, kinds = linear(-300, 300, weight.astype(np.int64))
+    assert not {"MatMul", "MatMulInteger"} & set(kinds)
+    inputs = np.random.default_rng(0).integers(-300, 301, (5, 1, width))
+    np.testing.assert_array_equal(OnnxRunner(graph)(inputs), evaluate(graph, inputs))
+
+
+def test_a_node_that_changes_nothing_does_not_take_the_inputs_name_away() -> None:
+    same = Node("same", "shift", ("input",), {"places": 0})
+    graph = graph_of(features(-5, 5, 2), same, Node("y", "add", ("same", "input")))
+    assert compare_all(graph, np.array([[[-5, 3]]])).first is None
 
 
 def test_activations_beyond_int8_are_not_wrapped_into_it() -> None:
@@ -198,7 +262,9 @@ def test_one_weight_changed_by_one_in_the_onnx_file_is_reported(name: str) -> No
     weight = graph.by_name[name].constants["weight"].T
     for initializer in model.graph.initializer:
         array = numpy_helper.to_array(initializer).copy()
-        if array.shape == weight.shape and (array == weight).all():
+        # Bytes without a sign hold weights that are 128 less.
+        stored = weight + 128 if array.dtype == np.uint8 else weight
+        if array.shape == weight.shape and (array == stored).all():
             array[-1, -1] += 1
             initializer.CopyFrom(numpy_helper.from_array(array, initializer.name))
             break

@@ -15,11 +15,13 @@ import numpy as np
 import pytest
 
 from circuits.circuit import Circuit
-from cli.proving import prepare
+from mamba_int.errors import MambaintError
 from mamba_int.graph import Graph
 from mamba_int.interpreter import evaluate
+from quantize import IntegerModel
 from tests.circuits_runtime.models import random_graph
 from tests.cli.conftest import Cli
+from zk.provable import prepare
 
 Capture = pytest.CaptureFixture[str]
 CLASSES = ["a", "b", "c", "d", "e"]
@@ -76,6 +78,18 @@ def test_proof_states_the_interpreters_logits_and_hides_the_input(folder: Path, 
     verified = cli.json("verify", "proof.json")
     assert verified["valid"] and verified["outputs"] == expected
     assert verified["model_id"] == graph.model_id and verified["srs"] == "development"
+
+
+def test_python_proves_what_the_command_proves(folder: Path, cli: Cli) -> None:
+    model = IntegerModel.load("model.mint")
+    found = model.prove(STEPS, "api")
+    verdict = found.verify()
+    assert verdict.valid and verdict.model_id == model.model_id
+    assert (found.logits == model.run([STEPS])[0]).all()
+    assert cli.verify("api/proof.json")["valid"]
+    with pytest.raises(MambaintError, match="not an integer in"):
+        model.prove([[3, 4, 99]] * 4, "other")
+    assert not (folder / "other").exists()
 
 
 def test_public_input_is_part_of_the_statement(folder: Path, cli: Cli) -> None:

@@ -16,6 +16,7 @@ from cli.main import main
 from mamba_int.datasets import DataSource
 from mamba_int.graph import Graph, IntArray
 from mamba_int.interpreter import evaluate
+from mamba_int.operations.base import Trace
 from tests.quantize.checkpoints import write_checkpoint
 
 Capture = pytest.CaptureFixture[str]
@@ -107,12 +108,15 @@ def test_one_wrong_integer_of_onnx_runtime_writes_nothing(
 ) -> None:
     honest = OnnxRunner.__call__
 
-    def lying(self: OnnxRunner, inputs: IntArray, trace: dict[str, IntArray] | None = None) -> IntArray:
-        logits = honest(self, inputs, trace)
-        if traced and trace is not None:
-            trace["layer0.ssd.A"][-1, 0, 0, 0, 0] += 1
-        if not traced and trace is None:
+    def lying(self: OnnxRunner, inputs: IntArray, trace: Trace | None = None) -> IntArray:
+        tensors: dict[str, IntArray] | None = None if trace is None else {}
+        logits = honest(self, inputs, tensors)
+        if not traced and tensors is None:
             logits[-1, -1] -= 1
+        if tensors is not None and trace is not None:
+            tensors["layer0.ssd.A"][-1, 0, 0, 0, 0] += traced
+            for name, tensor in tensors.items():
+                trace[name] = tensor
         return logits
 
     monkeypatch.setattr(OnnxRunner, "__call__", lying)

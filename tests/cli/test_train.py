@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 
 from cli.main import main
+from mamba_int.float_models.config import MambaConfig
 from mamba_int.training import load_checkpoint
 from mamba_int.training.metrics import read_metrics
+from mamba_int.training.model_config import arithmetic_of
 
 TINY = "[model]\nd_model = 16\nheaddim = 8\nd_state = 4\n[training]\nbatch_size = 8\nwarmup_steps = 2\n"
 
@@ -66,7 +68,7 @@ def test_json_is_all_that_stdout_holds_and_latest_points_to_the_checkpoint(
     assert kept.results["test_accuracy"] == report["test_accuracy"]
     assert kept.model_config.d_model == 16 and kept.integers
     twin = load_checkpoint(folder / "runs/digits/float-twin/checkpoint.safetensors")
-    assert twin.model_config.arithmetic == "float" and twin.training_config.learning_rate == 5e-3
+    assert arithmetic_of(twin.model_config) == "float" and twin.training_config.learning_rate == 5e-3
 
 
 def test_second_call_resumes_and_another_recipe_needs_restart(
@@ -167,5 +169,66 @@ def test_help_needs_neither_torch_nor_matplotlib() -> None:
         "import sys, cli.train; from click.testing import CliRunner; "
         "assert CliRunner().invoke(cli.train.command, ['--help']).exit_code == 0; "
         "heavy = {'torch', 'numpy', 'matplotlib', 'rich'} & set(sys.modules); assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[2])
+
+
+FLOAT = '[model]\nmixer = "mamba2"\nd_model = 8\nheaddim = 8\nd_state = 4\nn_layer = 1\n'
+
+
+@pytest.mark.usefixtures("references")
+@pytest.mark.parametrize("preset", ["char-mamba2", None])
+def test_float_language_model_trains_by_preset_or_by_its_mixer(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture, preset: str | None
+) -> None:
+    (folder / "text.txt").write_bytes(b"the cat sat on the mat. " * 40)
+    recipe = "[training]\nbatch_size = 4\nsequence_length = 16\nevaluation_length = 16\n"
+    (folder / "float.toml").write_text(FLOAT + recipe)
+    chosen = ("--preset", preset) if preset else ()
+    arguments = (*chosen, "--config", "float.toml", "--data", "text.txt", "--steps", "3", "--device", "cpu")
+    code, out, err = run(monkeypatch, capsys, *arguments, "--json")
+    assert (code, err) == (0, "")
+    report = json.loads(out)
+    assert 0 < report["test_bits_per_byte"] < 12
+    kept = load_checkpoint(folder / report["checkpoint"])
+    assert isinstance(kept.model_config, MambaConfig) and kept.model_config.mixer == "mamba2"
+    assert kept.training_config.autocast == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "table", "words"),
+    [
+        (["--preset", "digits-mamba2", "--twin"], "", "leave out --twin"),
+        (["--preset", "digits"], FLOAT, "--preset digits-mamba2"),
+        (["--preset", "char"], FLOAT, "--preset char-mamba2"),
+        (["--preset", "digits-mamba"], "[model]\nnum_labels = 4\n", "num_labels is read from the data"),
+        (["--preset", "digits-mamba"], '[model]\ngate = "algebraic"\n', "unknown key 'gate'"),
+        ([], '[model]\nmixer = "rwkv"\n', "rwkv"),
+        (["--preset", "digits"], '[training]\nautocast = "bfloat16"\n', "would round the integers"),
+    ],
+)
+def test_fault_in_the_choice_of_a_float_model_is_one_line(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
+    arguments: list[str],
+    table: str,
+    words: str,
+) -> None:
+    (folder / "tiny.toml").write_text(table)
+    code, out, err = run(monkeypatch, capsys, *arguments, "--config", "tiny.toml")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert words in err and err.startswith("mambaint: ")
+    assert [path.name for path in folder.iterdir()] == ["tiny.toml"]
+
+
+@pytest.mark.usefixtures("references")
+def test_training_needs_neither_rich_nor_ezkl(tmp_path: Path) -> None:
+    """A machine with a GPU may have neither."""
+    (tmp_path / "f.toml").write_text(FLOAT + "[training]\nbatch_size = 4\n")
+    program = (
+        "import sys; sys.modules['rich'] = sys.modules['ezkl'] = None; from cli.main import main; "
+        f"sys.argv = ['mambaint', 'train', '--config', {str(tmp_path / 'f.toml')!r}, '--steps', '1', "
+        f"'--out', {str(tmp_path / 'run')!r}]; main()"
     )
     subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[2])

@@ -19,9 +19,11 @@ from mamba_int.errors import MambaintError
 from mamba_int.graph import Graph, IntArray
 from mamba_int.interpreter import evaluate, evaluate_step
 from mamba_int.operations import OPERATIONS
+from quantize.float_mamba import ConversionConfig
 from tests.circuits.conftest import GRAPHS
 from tests.circuits_runtime.models import random_graph
 from tests.mamba_int.graphs import random_batch, scan_graph, traced
+from tests.quantize.test_float_mamba import converted
 
 TEXT: dict[str, Any] = {"task": "language_model", "vocab_size": 11, "seq_len": 13, "chunk_size": 4}
 CAUSAL = [name for name in GRAPHS if not any(node.op == "reduce" for node in GRAPHS[name]().nodes)]
@@ -500,3 +502,20 @@ def test_replayed_steps_equal_eager_ones_on_the_device(chunk_size: int) -> None:
                 assert (decoder.step(torch.from_numpy(inputs[:3, t]).cuda()).cpu() == wanted).all()
         for decoder in decoders:
             assert_same_state(decoder.snapshot(), host.snapshot())
+
+
+# -- converted float models -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["language", "language_odd", "mamba_language"])
+def test_a_converted_float_model_decodes_to_every_integer_of_its_whole_run(name: str) -> None:
+    conversion, *_, tokens = converted(name, ConversionConfig(chunk_size=5))
+    graph, inputs = conversion.graph, tokens[:3]
+    whole = traced(graph, inputs)
+    decoder, prefilled = Decoder(graph, 3), Decoder(graph, 3)
+    for t in range(inputs.shape[1]):
+        step: dict[str, Any] = {}
+        decoder.step(inputs[:, t], step)
+        assert_step_is_of_the_whole(graph, whole, t, step)
+        prefilled.prefill(list(inputs[:, : t + 1]))
+        assert_same_state(prefilled.snapshot(), decoder.snapshot())

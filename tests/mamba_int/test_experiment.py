@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
+from mamba_int.config import MambaIntConfig
 from mamba_int.datasets import ClassificationData, load_data
 from mamba_int.errors import MambaintError
 from mamba_int.experiment import preset_names, resolve
+from mamba_int.float_models.config import MambaConfig
 
 
 def toml(tmp_path: Path, text: str) -> Path:
@@ -28,10 +30,17 @@ def csv(tmp_path: Path) -> Path:
 def test_every_preset_fits_its_own_data(name: str) -> None:
     experiment = resolve(name)
     data = load_data(experiment.source)
-    for arithmetic in ("integer", "float"):
-        config = experiment.model_config(data, arithmetic)
-        assert config.arithmetic == arithmetic
-        assert config.task == ("classification" if isinstance(data, ClassificationData) else "language_model")
+    classes = isinstance(data, ClassificationData)
+    if experiment.is_float:
+        config = experiment.model_config(data)
+        assert isinstance(config, MambaConfig) and bool(config.n_features) == classes
+    else:
+        for arithmetic, native in (
+            ("integer", experiment.model_config(data)),
+            ("float", experiment.twin_config(data)),
+        ):
+            assert isinstance(native, MambaIntConfig) and native.arithmetic == arithmetic
+            assert native.task == ("classification" if classes else "language_model")
     assert experiment.name == name
 
 
@@ -114,7 +123,7 @@ def test_mistake_in_a_file_is_named(tmp_path: Path, text: str, words: str) -> No
     [
         ({"preset": "digit"}, "no preset 'digit'; did you mean 'digits'"),
         ({"preset": "../digits"}, "no preset"),
-        ({"preset": "zzz"}, "choose one of char, char-large, digits, digits-large"),
+        ({"preset": "zzz"}, "choose one of char, char-large, char-mamba2, digits, "),
         ({"preset": "digits", "data_path": Path("a.txt")}, "trains on labelled sequences, .* --preset char"),
         ({"preset": "char", "data_path": Path("a.csv")}, "trains on text, .* --preset digits"),
         ({"config_path": Path("missing.toml")}, r"cannot read missing\.toml"),

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from mamba_int.errors import MambaintError
 from mamba_int.graph import Graph, IntArray, Node, TensorType
 from mamba_int.native import build_nodes
+from mamba_int.operations import OPERATIONS
 from mamba_int.operations.norm import Norm
 from mamba_int.operations.ssd import SsdBounds, ssd_bounds
 from tests.circuits.conftest import GRAPHS
@@ -182,6 +183,37 @@ def test_interval_of_a_choice_is_the_union_and_reached_at_both_ends(
     y = traced(graph, inputs)["y"]
     assert (y.min(), y.max()) == (graph.types["y"].low, graph.types["y"].high)
     assert (y.min(), y.max()) == (min(a[0], b[0]), max(a[1], b[1]))
+
+
+@given(
+    st.integers(1, 5),
+    st.integers(1, 4),
+    st.sampled_from([1, 127, 1 << 31, 1 << 53, (1 << 63) - 1]),
+    st.integers(-300, 300),
+    st.integers(0, 600),
+    st.integers(0, 1000),
+)
+def test_bounds_of_a_matrix_are_those_of_python_integers_however_large_its_weights(
+    outputs: int, terms: int, largest: int, low: int, width: int, seed: int
+) -> None:
+    """Sums that int64 cannot hold must not wrap: a foreign file chooses the weights."""
+    random = np.random.default_rng(seed)
+    weight = random.integers(-largest, largest, (outputs, terms), endpoint=True)
+    weight[0] = random.choice([-largest, largest], terms)
+    bias = random.integers(-largest, largest, outputs, endpoint=True)
+    x = TensorType((1, terms), low, low + width)
+    found = OPERATIONS["linear"].infer(
+        node("y", "linear", constants={"weight": weight, "bias": bias}), [x], 1
+    )
+    rows = [[int(w) for w in row] for row in weight]
+    ends = [
+        [[min(w * x.low, w * x.high), max(w * x.low, w * x.high), abs(w) * x.magnitude] for w in row]
+        for row in rows
+    ]
+    sums = [[sum(term[i] for term in row) for i in range(3)] for row in ends]
+    assert found.low == min(s[0] + int(b) for s, b in zip(sums, bias, strict=True))
+    assert found.high == max(s[1] + int(b) for s, b in zip(sums, bias, strict=True))
+    assert found.peak == max(s[2] + abs(int(b)) for s, b in zip(sums, bias, strict=True))
 
 
 def test_interval_of_a_table_is_that_of_the_entries_in_reach() -> None:

@@ -33,7 +33,7 @@ FORMS: list[dict[str, Any]] = [
     {},
     {"selective_axis": True},
     {"mixer": "quaternion_lite"},
-    {"mixer": "quaternion_full", "pre_norm": False, "final_norm": "layer"},
+    {"mixer": "quaternion_full", "norm": "none", "final_norm": "layer"},
     {"mixer": "quaternion_full_lite"},
 ]
 
@@ -184,7 +184,7 @@ def test_files_of_a_model_are_read_as_another(tmp_path: Path) -> None:
     [
         (lambda: QuaternionMamba2(replace(TINY, mixer="mamba")), "choose quaternion"),
         (lambda: QuaternionMamba2.from_preset("huge"), "choose small, base, large"),
-        (lambda: replace(TINY, mixer="mamba", pre_norm=False), "only quaternion mixers"),
+        (lambda: replace(TINY, mixer="mamba", norm="none"), "only quaternion mixers"),
         (lambda: replace(TINY, n_groups=3), "choose n_groups that divides it"),
         (lambda: replace(TINY, mixer="quaternion_lite", selective_axis=True), "set it to false"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,15 @@ from circuits.lowering import build_circuit
 from circuits.runtime.runner import OnnxRunner
 from mamba_int.errors import MambaintError
 from mamba_int.float_models.config import MambaConfig
-from mamba_int.float_models.models import MambaForCausalLM, MambaForSequenceClassification
+from mamba_int.float_models.mixer import build_mixer
+from mamba_int.float_models.models import (
+    MambaForCausalLM,
+    MambaForFeatureExtraction,
+    MambaForSequenceClassification,
+)
 from mamba_int.graph import IntArray
 from mamba_int.interpreter import evaluate
-from quantize.calibration import FloatModel, trace
+from quantize.calibration import Convertible, calibrate, input_features, trace
 from quantize.equality import compare, torch_tracer
 from quantize.float_mamba import PROVABLE, Conversion, ConversionConfig, InputFormat, convert
 from zk.prove import mock
@@ -39,8 +45,22 @@ FORMS: dict[str, dict[str, Any]] = {
     "mean_of_chunks": {"n_features": 3, "pooling": "mean", "length": 19},
     "tokens_classified": {},
     "mamba_last": {"mixer": "mamba", "n_features": 3, "d_state": 3},
+    "max": {"n_features": 3, "pooling": "max", "d_state": 5},
+    "groups": {"n_features": 3, "headdim": 4, "n_groups": 3},
+    "groups_language": {
+        "language": True,
+        "length": 19,
+        "headdim": 3,
+        "n_groups": 2,
+        "d_state": 3,
+        "norm_per_group": False,
+    },
+    "mamba_normed": {"mixer": "mamba", "n_features": 3, "d_state": 2, "BCdt_norm": True, "dt_rank": 3},
     "mamba_language": {"mixer": "mamba", "language": True, "length": 19, "bias": True, "conv_bias": False},
     "language": {"language": True, "length": 21},
+    "features": {"n_features": 3, "features": True, "length": 17},
+    "mixer_alone": {"mixer_alone": True, "length": 17},
+    "mamba_mixer_alone": {"mixer_alone": True, "mixer": "mamba", "length": 9},
     "language_odd": {
         "language": True,
         "length": 17,
@@ -55,22 +75,28 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 
 
-def random_model(name: str, seed: int = 0) -> tuple[FloatModel, torch.Tensor, IntArray]:
+def random_model(name: str, seed: int = 0) -> tuple[Convertible, torch.Tensor, IntArray]:
     """A model whose norms, skips and biases are not all one or zero; real inputs; the same as integers."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     form = dict(FORMS[name])
-    length, language = form.pop("length", 8), form.pop("language", False)
+    length, language, features, alone = (
+        form.pop(key, None) for key in ("length", "language", "features", "mixer_alone")
+    )
+    length = length or 8
     config = MambaConfig(**(SMALL | form))
-    model = (MambaForCausalLM if language else MambaForSequenceClassification)(config).eval()
+    kind = MambaForCausalLM if language else MambaForSequenceClassification
+    whole = (MambaForFeatureExtraction if features else kind)(config).eval()
+    model = build_mixer(config).eval() if alone else whole
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if "norm" in key or key.endswith(".D"):
-                parameter.mul_(torch.rand_like(parameter) + 0.5)
+                # Some negative: a maximum of them is no maximum of what they weigh.
+                parameter.mul_((torch.rand_like(parameter) + 0.5) * (torch.rand_like(parameter) - 0.2).sign())
             elif key.endswith("bias"):
                 parameter.add_(0.1 * torch.randn_like(parameter))
-    if config.n_features:
-        integers = torch.randint(FORMAT.low, FORMAT.high + 1, (24, length, config.n_features))
+    if input_features(model):
+        integers = torch.randint(FORMAT.low, FORMAT.high + 1, (24, length, input_features(model)))
         return model, integers * 2.0**-FORMAT.frac, integers.numpy()
     tokens = torch.randint(0, config.vocab_size, (24, length))
     return model, tokens, tokens.numpy()
@@ -78,16 +104,25 @@ def random_model(name: str, seed: int = 0) -> tuple[FloatModel, torch.Tensor, In
 
 def converted(
     name: str, config: ConversionConfig | None = None
-) -> tuple[Conversion, FloatModel, Any, IntArray]:
+) -> tuple[Conversion, Convertible, Any, IntArray]:
     model, reals, integers = random_model(name)
-    form = FORMAT if model.config.n_features else None
+    form = FORMAT if input_features(model) else None
     return convert(model, reals, form, config), model, reals, integers
 
 
-def noise(conversion: Conversion, model: FloatModel, reals: torch.Tensor, integers: IntArray) -> float:
-    """Mean square error of the logits over their variance."""
+def output(model: Convertible, inputs: torch.Tensor) -> torch.Tensor:
+    """What the integer graph of a model gives too."""
     with torch.no_grad():
-        exact = model(reals).logits.double().numpy()
+        found = model(inputs)
+    if isinstance(found, torch.Tensor):
+        return found
+    result: torch.Tensor = found.hidden if isinstance(model, MambaForFeatureExtraction) else found.logits
+    return result
+
+
+def noise(conversion: Conversion, model: Convertible, reals: torch.Tensor, integers: IntArray) -> float:
+    """Mean square error of the output over its variance."""
+    exact = output(model, reals).double().numpy()
     frac = conversion.graph.by_name[conversion.graph.output].frac
     found = evaluate(conversion.graph, integers) * 2.0**-frac
     return float(np.square(found - exact).mean() / exact.var())
@@ -97,24 +132,18 @@ def noise(conversion: Conversion, model: FloatModel, reals: torch.Tensor, intege
 def test_the_traced_forward_is_the_models_own(name: str) -> None:
     model, reals, _ = random_model(name)
     with torch.no_grad():
-        logits = trace(model, reals, lambda key, value: None)
-        torch.testing.assert_close(logits, model(reals).logits, rtol=1e-4, atol=1e-5)
+        found = trace(model, reals, lambda key, value: None)
+    torch.testing.assert_close(found, output(model, reals), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("name", "config"), [*((name, ConversionConfig()) for name in FORMS), ("last", PROVABLE)]
+    ("name", "config"),
+    [*((name, ConversionConfig()) for name in FORMS), ("last", PROVABLE), ("mamba_last", PROVABLE)],
 )
 def test_backends_compute_the_same_integers_of_a_converted_model(name: str, config: ConversionConfig) -> None:
     conversion, *_, integers = converted(name, config)
     graph = conversion.graph
-    runner = OnnxRunner(graph)
-
-    def onnx_trace(batch: IntArray) -> dict[str, IntArray]:
-        tensors: dict[str, IntArray] = {}
-        runner(batch, tensors)
-        return tensors
-
-    equality = compare(graph, integers, {"torch": torch_tracer(graph), "onnx": onnx_trace})
+    equality = compare(graph, integers, {"torch": torch_tracer(graph), "onnx": OnnxRunner(graph)})
     assert equality.equal, equality.first
 
 
@@ -138,12 +167,22 @@ def test_the_provable_bits_hold_24_and_still_follow_the_model() -> None:
     assert noise(*conversion) < 0.1
 
 
-def test_the_circuit_accepts_a_converted_models_witness_and_no_other_class() -> None:
+@pytest.mark.parametrize(
+    ("change", "bits"),
+    [
+        ({}, {"pieces": 0, "index_bits": 4, "decay_index_bits": 4}),
+        ({"n_groups": 2, "d_state": 1, "headdim": 2, "pooling": "max"}, {}),
+        ({"mixer": "mamba", "d_state": 1, "BCdt_norm": True}, {}),
+    ],
+)
+def test_the_circuit_accepts_a_converted_models_witness_and_no_other_class(
+    change: dict[str, Any], bits: dict[str, Any]
+) -> None:
     tiny = {"n_features": 1, "d_model": 4, "headdim": 4, "d_state": 2, "n_layer": 1, "num_labels": 2}
     torch.manual_seed(0)
-    model = MambaForSequenceClassification(MambaConfig(**(SMALL | tiny)))
+    model = MambaForSequenceClassification(MambaConfig(**(SMALL | tiny | change)))
     integers = torch.randint(FORMAT.low, FORMAT.high + 1, (8, 3, 1))
-    config = dataclasses.replace(PROVABLE, pieces=4, decay_index_bits=4)
+    config = dataclasses.replace(PROVABLE, **bits)
     graph = convert(model, integers * 2.0**-FORMAT.frac, FORMAT, config).graph
     lowered = build_circuit(graph)
     truth: dict[str, IntArray] = {}
@@ -164,6 +203,17 @@ def test_more_bits_are_nearer() -> None:
     assert fine < coarse / 20
 
 
+def test_a_checkpoint_beyond_int32_names_its_layer_and_what_to_lower() -> None:
+    model, tokens, _ = random_model("language_odd")
+    with torch.no_grad():
+        model.backbone.layers[1].mixer.in_proj.bias[0] = 1e7
+    with pytest.raises(MambaintError) as raised:
+        convert(model, tokens)
+    assert raised.value.cause.startswith("'layer1.in_proj' (linear) of layer 1 can reach ")
+    assert raised.value.cause.endswith("beyond 29")
+    assert raised.value.remedy == "lower weight_bits or activation_bits"
+
+
 def test_extreme_inputs_stay_within_the_proven_intervals() -> None:
     conversion, *_ = converted("mean_of_chunks")
     graph = conversion.graph
@@ -178,11 +228,7 @@ def test_extreme_inputs_stay_within_the_proven_intervals() -> None:
 @pytest.mark.parametrize(
     ("change", "cause"),
     [
-        ({"mixer": "complex_mamba"}, "mixer 'complex_mamba'"),
-        ({"mixer": "mamba", "BCdt_norm": True}, "BCdt_norm"),
-        ({"pooling": "max"}, "pooling"),
-        ({"d_state": 5}, "d_state"),
-        ({"n_groups": 3}, "n_groups"),
+        ({"mixer": "complex_mamba"}, "the mixer 'complex_mamba' has no integer form"),
     ],
 )
 def test_a_form_without_integers_is_named(change: dict[str, Any], cause: str) -> None:
@@ -219,6 +265,47 @@ def test_weights_that_are_not_finite_are_named() -> None:
         convert(model, reals, FORMAT)
 
 
-def test_a_budget_too_small_names_the_node() -> None:
-    with pytest.raises(MambaintError, match="bits"):
-        converted("last", ConversionConfig(max_bits=16))
+@pytest.mark.parametrize(
+    ("name", "changes", "cause", "remedy"),
+    [
+        (
+            "last",
+            {"max_bits": 16},
+            "'layer0.x_conv' .conv. of layer 0 .* beyond 16",
+            "internal_bits",
+        ),
+        ("last", {"max_bits": 20}, "'layer0.ssd' .ssd. of layer 0", "or raise M_bits or max_bits"),
+        ("mamba_last", {"max_bits": 24, "A_bits": 23}, "'layer0.state0.ssd'", "A_bits"),
+    ],
+)
+def test_a_budget_too_small_names_the_node_its_layer_and_what_to_lower(
+    name: str, changes: dict[str, Any], cause: str, remedy: str
+) -> None:
+    with pytest.raises(MambaintError) as raised:
+        converted(name, ConversionConfig(**changes))
+    assert re.search(cause, raised.value.cause) and remedy in raised.value.remedy
+    assert "\n" not in str(raised.value)
+
+
+def test_progress_covers_the_calibration_and_every_layer_and_ends_at_the_whole() -> None:
+    model, reals, _ = random_model("language")
+    seen: list[tuple[int, int]] = []
+    convert(model, reals, progress=lambda done, whole: seen.append((done, whole)))
+    done = [step for step, _ in seen]
+    assert {whole for _, whole in seen} == {len(reals) + model.config.n_layer + 2}
+    assert done[-1] == seen[0][1] and done == sorted(set(done))
+    assert set(range(len(reals), done[-1] + 1)) <= set(done)
+
+
+def test_calibration_runs_few_steps_at_a_time_and_sees_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The logits of many long texts over a large vocabulary do not fit the memory."""
+    model, reals, _ = random_model("language")
+    whole = calibrate(model, reals)
+    monkeypatch.setattr("quantize.calibration.BATCH_STEPS", 3 * reals.shape[1] + 1)
+    seen: list[int] = []
+    parts = calibrate(model, reals, lambda done, total: seen.append(done))
+    assert seen == [*range(3, len(reals) + 1, 3)]
+    assert whole.keys() == parts.keys()
+    for name, value in whole.items():
+        assert parts[name].low == pytest.approx(value.low, abs=1e-5)
+        assert parts[name].high == pytest.approx(value.high, abs=1e-5)

@@ -29,7 +29,8 @@ def test_accuracy_is_that_of_training_and_the_confusion_counts_every_example(tmp
     data = load_data(DIGITS)
     assert isinstance(data, ClassificationData)
     result = measure(quantize_native(tmp_path / "c"), data, 1024)
-    assert result.value == evaluate(model, data, "test", torch.device("cpu")).metric
+    score = evaluate(model, data, "test", torch.device("cpu"))
+    assert (result.value, result.loss) == (score.metric, pytest.approx(score.loss, 1e-5))
     confusion = np.array(result.confusion)
     assert confusion.sum() == result.examples == 360
     assert (confusion.sum(1) == torch.bincount(data.test_labels, minlength=10).numpy()).all()
@@ -43,7 +44,9 @@ def test_bits_per_byte_are_those_of_training(tmp_path: Path) -> None:
     data = load_data(source)
     result = measure(quantize_native(tmp_path / "c"), data, 32)
     # Equal integers; only the logarithm is float32 there and float64 here.
-    assert result.value == pytest.approx(evaluate(model, data, "test", torch.device("cpu"), 32).metric, 1e-6)
+    score = evaluate(model, data, "test", torch.device("cpu"), 32)
+    assert result.value == pytest.approx(score.metric, 1e-6)
+    assert result.loss == pytest.approx(score.loss, 1e-6)
     assert result.metric == "bits_per_byte" and result.examples == 64 and result.confusion == []
 
 

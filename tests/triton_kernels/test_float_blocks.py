@@ -21,7 +21,7 @@ from triton_kernels.rms_norm import (
     gated_rms_norm_reference,
 )
 
-ACTIVATIONS = ("silu", "gelu", "relu", "identity")
+ACTIVATIONS = ("silu", "gelu", "relu", "identity", "squareplus", "algebraic_sigmoid")
 
 
 def paired(operation: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:

@@ -309,15 +309,6 @@ def test_forms_of_state_spaces_that_no_float_model_has(
     refused(write(tmp_path, tensors, STATE_SPACES | change), part)
 
 
-def test_mamba_integer_is_not_taken_for_a_float_model(tmp_path: Path) -> None:
-    keys = ["norm_f.gamma", "layers.0.norm.gamma", "layers.0.x_proj.weight", "embedding.weight"]
-    tensors = {f"_orig_mod.{key}": torch.ones(4, 4) for key in keys}
-    torch.save({"step": 1, "model_state_dict": tensors, "loss": 0.5}, tmp_path / "a.pt")
-    refused(tmp_path / "a.pt", "Mamba-Integer V2")
-    torch.save(tensors | {"layers.0.base_decay_nums": torch.ones(4, 4)}, tmp_path / "a.pt")
-    refused(tmp_path / "a.pt", "Mamba-Integer V1")
-
-
 def test_capibara_with_another_gelu_or_several_modules(tmp_path: Path) -> None:
     mixer = {
         name.rpartition(".mixer.")[2].replace(".", "_"): t.numpy()

@@ -1,0 +1,1 @@
+"""Blocks of float models as integers: one module for each mixer."""

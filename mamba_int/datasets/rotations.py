@@ -26,20 +26,20 @@ _TIE = 2.0**-20
 
 
 def composed_rotations(vectors: Floats) -> Floats:
-    """Unit quaternions [n, 4] of the bodies after all steps.
+    """Unit quaternions [n, T, 4] of the bodies after every step.
 
     Args:
         vectors: rotation vectors in radians, [n, T, 3], each in the frame of the body at its step.
 
     Returns:
-        Q = q_1 q_2 ... q_T with q_t = cos |w|/2 + w / |w| sin |w|/2 (Hamilton's product): a vector v of the
+        Q_t = q_1 q_2 ... q_t with q_t = cos |w|/2 + w / |w| sin |w|/2 (Hamilton's product): a vector v of the
         body points to Q v Q*.
     """
     angles = np.linalg.norm(vectors, axis=-1, keepdims=True)
     halves = np.concatenate([np.cos(angles / 2), 0.5 * np.sinc(angles / (2 * np.pi)) * vectors], -1)
-    turned = np.tile(np.array([1.0, 0.0, 0.0, 0.0]), (len(vectors), 1))
-    for t in range(vectors.shape[1]):
-        turned = _product(turned, halves[:, t])
+    turned = halves.copy()
+    for t in range(1, vectors.shape[1]):
+        turned[:, t] = _product(turned[:, t - 1], halves[:, t])
     return turned
 
 
@@ -56,16 +56,16 @@ def _product(p: Floats, q: Floats) -> Floats:
 
 
 def upright_axis(turned: Floats) -> Floats:
-    """Where the z axis of each body points: Q k Q*, [n, 3]."""
-    a, b, c, d = turned.T
+    """Where the z axis of each body [..., 4] points: Q k Q*, [..., 3]."""
+    a, b, c, d = np.moveaxis(turned, -1, 0)
     return np.stack([2 * (b * d + a * c), 2 * (c * d - a * b), a * a - b * b - c * c + d * d], -1)
 
 
 def nearest_axis(direction: Floats) -> tuple[Integers, Floats]:
-    """Index in ``CLASS_NAMES`` of the axis nearest to each direction [n, 3], and its lead over the next."""
-    along = np.stack([direction, -direction], -1).reshape(len(direction), 6)
+    """Index in ``CLASS_NAMES`` of the axis nearest to each direction [..., 3], and its lead over the next."""
+    along = np.stack([direction, -direction], -1).reshape(*direction.shape[:-1], 6)
     ordered = np.sort(along, -1)
-    return along.argmax(-1), ordered[:, -1] - ordered[:, -2]
+    return along.argmax(-1), ordered[..., -1] - ordered[..., -2]
 
 
 def _draw(generator: np.random.Generator, count: int, steps: int, deviation: float) -> Samples:
@@ -74,7 +74,7 @@ def _draw(generator: np.random.Generator, count: int, steps: int, deviation: flo
     while found < count:
         drawn = generator.standard_normal((count - found, steps, 3)) * (deviation * UNITS_PER_RADIAN)
         vectors = np.clip(np.rint(drawn), -FEATURE_LIMIT, FEATURE_LIMIT)
-        label, lead = nearest_axis(upright_axis(composed_rotations(vectors / UNITS_PER_RADIAN)))
+        label, lead = nearest_axis(upright_axis(composed_rotations(vectors / UNITS_PER_RADIAN)[:, -1]))
         clear = lead > _TIE
         inputs.append(vectors[clear])
         labels.append(label[clear])

@@ -7,16 +7,16 @@ four times as many, and writes ``benchmarks/results/rotations.json``. All forms 
 of the selective one.
 
 With a selective axis the state h_t = q_t h_{t-1} is a product of any unit quaternions: with Re z -> 0, Im z =
-2 tan(phi / 4) u is the rotor of a turn by phi about u (``cayley`` turns h by half of phi, h v h* turns v by all
-of it). So one layer can hold the rotor, and its read-out, which is linear, can tell the elements of a finite
-group of rotors apart: argmax <h, g>. Two rotors, g and -g, are one orientation, which is not linear in h:
-that takes a second layer. With a fixed axis the q_t of a state commute, and the layer is two complex diagonal
-scans; those, and Mamba-2, are in TC0 at logarithmic precision, whatever their number of layers (Merrill, Petty
-and Sabharwal 2024, arXiv 2404.08819), while the words of the icosahedral group, which is not solvable, are
-complete for NC1 (Barrington 1989).
+2 tan(phi / 4) u is the rotor of a turn by phi about u (``cayley`` turns h by half of phi, h v h* turns v by
+all of it). So one layer can hold the rotor, and its read-out, which is linear, can tell the elements of a
+finite group of rotors apart: argmax <h, g>. Two rotors, g and -g, are one orientation, which is not linear in
+h: that takes a second layer. With a fixed axis the q_t of a state commute, and the layer is two complex
+diagonal scans; those, and Mamba-2, are in TC0 at logarithmic precision, whatever their number of layers
+(Merrill, Petty and Sabharwal 2024, arXiv 2404.08819), while the words of the icosahedral group, which is not
+solvable, are complete for NC1 (Barrington 1989).
 
-Beside the models stand logistic regressions on features that know no order: the length of each step's rotation
-vector, its three components, and the sum of all vectors.
+Beside the models stand logistic regressions on features that know no order: the length of each step's
+rotation vector, its three components, and the sum of all vectors.
 """
 
 from __future__ import annotations
@@ -287,7 +287,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--forms", nargs="+", choices=list(FORMS), default=list(FORMS))
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--length", type=int, default=16)
     parser.add_argument("--workers", type=int, default=1)

@@ -40,7 +40,7 @@ from torch import Tensor
 
 from benchmarks.hardware import hardware
 from mamba_int.datasets.assembly import Floats, Integers
-from mamba_int.datasets.rotations import composed_rotations, nearest_axis, upright_axis
+from mamba_int.datasets.rotations import QUARTER_TURNS, composed_rotations, nearest_axis
 from mamba_int.files import write_json
 from mamba_int.float_models.config import MambaConfig
 from mamba_int.float_models.models import MambaForSequenceClassification
@@ -115,19 +115,16 @@ def orientations(turns: Floats) -> Task:
 
 def upright(draw: Draw) -> Task:
     """Which of six axes the body's z axis points to, or is nearest to."""
-    return Task(draw, lambda turned: nearest_axis(upright_axis(turned))[0], 6)
+    return Task(draw, nearest_axis, 6)
 
 
 def _turn(axis: Sequence[float], angle: float) -> Floats:
     return angle * np.array(axis) / np.linalg.norm(axis)
 
 
-def _both_ways(*turns: Floats) -> Floats:
-    return np.stack([sign * turn for turn in turns for sign in (1.0, -1.0)])
-
-
-QUARTERS = _both_ways(*(math.pi / 2 * np.eye(3)))
+QUARTERS = math.pi / 2 * QUARTER_TURNS
 GOLDEN = (1 + math.sqrt(5)) / 2
+ICOSAHEDRAL = np.stack([_turn((0, 1, GOLDEN), 2 * math.pi / 5), _turn((1, 1, 1), 2 * math.pi / 3)])
 TASKS: dict[str, Callable[[], Task]] = {
     # one axis, one direction, a quarter or a half turn: they commute, and a fixed axis can follow
     "one axis": lambda: rotors(np.array([[0, 0, math.pi / 2], [0, 0, math.pi]])),
@@ -136,10 +133,8 @@ TASKS: dict[str, Callable[[], Task]] = {
     "orientation": lambda: orientations(QUARTERS),
     "upright": lambda: upright(chosen_turns(QUARTERS)),
     # a fifth about a vertex and a third about a face of the icosahedron: 120 rotors
-    "icosahedral": lambda: rotors(
-        _both_ways(_turn((0, 1, GOLDEN), 2 * math.pi / 5), _turn((1, 1, 1), 2 * math.pi / 3))
-    ),
-    # any axis and angle, as in mamba_int.datasets.rotations
+    "icosahedral": lambda: rotors(np.concatenate([ICOSAHEDRAL, -ICOSAHEDRAL])),
+    # any axis and angle; which side is nearest to up
     "bodies": lambda: upright(lambda g, count, steps: DEVIATION * g.standard_normal((count, steps, 3))),
 }
 _SELECTIVE = {"mixer": "quaternion", "selective_axis": True, "d_state": 8}

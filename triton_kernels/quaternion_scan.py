@@ -29,7 +29,7 @@ before the chunks are the most, 8 N D / Q bytes a token:
 3. ``_state_kernel``: the state before each chunk, H' = U_Q (2^l_Q H + sum_s 2^(l_Q - l_s) B^_s S_s).
 4. ``_output_kernel``: [K | C P] times [S; H], and D S.
 
-In backward 1. to 3. are run again, products without an epilogue are cuBLAS', and
+In backward 1. and 3. are run again, products without an epilogue are cuBLAS', and
 
 5. ``_carry_backward_kernel`` makes the gradient of the state after each chunk,
 6. ``_values_backward_kernel`` those of S and D,
@@ -189,24 +189,23 @@ def _prefix_kernel(
 @triton.jit
 def _pairs(level, t, s):
     """Whether steps t and s part at a block of 2^level steps, t right and s left."""
-    half = 1 << (level - 1)
-    return (t // half == s // half + 1) & ((s // half) % 2 == 0)
+    half_t, half_s = t >> (level - 1), s >> (level - 1)
+    return (half_t == half_s + 1) & (half_s % 2 == 0)
 
 
 @triton.jit
 def _same_half(level, offset):
     """Whether two steps are in the same half of a block of 2^level steps."""
-    half = 1 << (level - 1)
-    return offset[:, None] // half == offset[None, :] // half
+    half = offset >> (level - 1)
+    return half[:, None] == half[None, :]
 
 
 @triton.jit
 def _level_scale(log_ptr, log, level, offset, n, mask, N: tl.constexpr):
     """With b the boundary in the middle of a block of 2^level steps: 2^(l_t - l_b) in its right half, of
     queries, and 2^(l_b - l_s) in its left, of keys."""
-    half = 1 << (level - 1)
-    right = ((offset // half) % 2 == 1)[:, None]
-    boundary = (offset // (2 * half)) * (2 * half) + half - 1
+    right = ((offset >> (level - 1)) % 2 == 1)[:, None]
+    boundary = ((offset >> level) << level) + (1 << (level - 1)) - 1
     since = log - tl.load(log_ptr + boundary[:, None] * N + n[None, :], mask=mask, other=0.0)
     return tl.exp2(tl.where(right, since, -since))
 
@@ -247,7 +246,7 @@ def _kernel_kernel(
         K1 += tl.where(diagonal, tl.sum(d1, 1)[:, None], 0.0)
         K2 += tl.where(diagonal, tl.sum(d2, 1)[:, None], 0.0)
         K3 += tl.where(diagonal, tl.sum(d3, 1)[:, None], 0.0)
-        for level in range(1, LEVELS + 1):
+        for level in tl.range(1, LEVELS + 1, disable_licm=True):
             scale = _level_scale(log_ptr, log, level, offset, n, mask, N)
             c0, c1, c2, c3 = (
                 (C0 * scale).to(dtype),
@@ -641,29 +640,29 @@ def _operand_backward_kernel(
     w3 = _add_sum(w3, later, e3)
     x0, x1, x2, x3 = hamilton(k0, k1, k2, k3, B0, -B1, -B2, -B3)
     g0, g1, g2, g3 = g0 + x0, g1 + x1, g2 + x2, g3 + x3
-    for level in range(1, LEVELS + 1):
+    for level in tl.range(1, LEVELS + 1, disable_licm=True):
         scale = _level_scale(log_ptr, log, level, offset, n, mask, N)
         b0, b1, b2, b3 = load_quaternion(B_hat_ptr, place, CHUNK * N, mask)
         b0, b1 = (b0 * scale).to(dtype), (b1 * scale).to(dtype)
         b2, b3 = (b2 * scale).to(dtype), (b3 * scale).to(dtype)
         chosen = _pairs(level, offset[:, None], offset[None, :])
         zero = tl.zeros([CHUNK, BLOCK], tl.float32)
-        dK = tl.load(dkernel_ptr + pairs, mask=chosen, other=0.0)
+        dK = tl.where(chosen, tl.load(dkernel_ptr + pairs), 0.0)
         x0 = _add_product(zero, dK, b0, PRECISION)
         x1 = _add_product(zero, dK, -b1, PRECISION)
         x2 = _add_product(zero, dK, -b2, PRECISION)
         x3 = _add_product(zero, dK, -b3, PRECISION)
-        dK = tl.load(dkernel_ptr + pairs + CHUNK, mask=chosen, other=0.0)
+        dK = tl.where(chosen, tl.load(dkernel_ptr + pairs + CHUNK), 0.0)
         x1 = _add_product(x1, dK, b0, PRECISION)
         x0 = _add_product(x0, dK, b1, PRECISION)
         x3 = _add_product(x3, dK, -b2, PRECISION)
         x2 = _add_product(x2, dK, b3, PRECISION)
-        dK = tl.load(dkernel_ptr + pairs + 2 * CHUNK, mask=chosen, other=0.0)
+        dK = tl.where(chosen, tl.load(dkernel_ptr + pairs + 2 * CHUNK), 0.0)
         x2 = _add_product(x2, dK, b0, PRECISION)
         x3 = _add_product(x3, dK, b1, PRECISION)
         x0 = _add_product(x0, dK, b2, PRECISION)
         x1 = _add_product(x1, dK, -b3, PRECISION)
-        dK = tl.load(dkernel_ptr + pairs + 3 * CHUNK, mask=chosen, other=0.0)
+        dK = tl.where(chosen, tl.load(dkernel_ptr + pairs + 3 * CHUNK), 0.0)
         x3 = _add_product(x3, dK, b0, PRECISION)
         x2 = _add_product(x2, dK, -b1, PRECISION)
         x1 = _add_product(x1, dK, b2, PRECISION)
@@ -701,29 +700,29 @@ def _operand_backward_kernel(
     C0, C1, C2, C3 = load_quaternion(C_hat_ptr, place, CHUNK * N, mask)
     x0, x1, x2, x3 = hamilton(C0, -C1, -C2, -C3, k0, k1, k2, k3)
     g0, g1, g2, g3 = g0 + x0, g1 + x1, g2 + x2, g3 + x3
-    for level in range(1, LEVELS + 1):
+    for level in tl.range(1, LEVELS + 1, disable_licm=True):
         scale = _level_scale(log_ptr, log, level, offset, n, mask, N)
         c0, c1, c2, c3 = load_quaternion(C_hat_ptr, place, CHUNK * N, mask)
         c0, c1 = (c0 * scale).to(dtype), (c1 * scale).to(dtype)
         c2, c3 = (c2 * scale).to(dtype), (c3 * scale).to(dtype)
         chosen = _pairs(level, offset[None, :], offset[:, None])
         zero = tl.zeros([CHUNK, BLOCK], tl.float32)
-        dK = tl.load(dkernel_ptr + flipped, mask=chosen, other=0.0)
+        dK = tl.where(chosen, tl.load(dkernel_ptr + flipped), 0.0)
         x0 = _add_product(zero, dK, c0, PRECISION)
         x1 = _add_product(zero, dK, -c1, PRECISION)
         x2 = _add_product(zero, dK, -c2, PRECISION)
         x3 = _add_product(zero, dK, -c3, PRECISION)
-        dK = tl.load(dkernel_ptr + flipped + CHUNK, mask=chosen, other=0.0)
+        dK = tl.where(chosen, tl.load(dkernel_ptr + flipped + CHUNK), 0.0)
         x0 = _add_product(x0, dK, c1, PRECISION)
         x1 = _add_product(x1, dK, c0, PRECISION)
         x2 = _add_product(x2, dK, -c3, PRECISION)
         x3 = _add_product(x3, dK, c2, PRECISION)
-        dK = tl.load(dkernel_ptr + flipped + 2 * CHUNK, mask=chosen, other=0.0)
+        dK = tl.where(chosen, tl.load(dkernel_ptr + flipped + 2 * CHUNK), 0.0)
         x0 = _add_product(x0, dK, c2, PRECISION)
         x1 = _add_product(x1, dK, c3, PRECISION)
         x2 = _add_product(x2, dK, c0, PRECISION)
         x3 = _add_product(x3, dK, -c1, PRECISION)
-        dK = tl.load(dkernel_ptr + flipped + 3 * CHUNK, mask=chosen, other=0.0)
+        dK = tl.where(chosen, tl.load(dkernel_ptr + flipped + 3 * CHUNK), 0.0)
         x0 = _add_product(x0, dK, c3, PRECISION)
         x1 = _add_product(x1, dK, -c2, PRECISION)
         x2 = _add_product(x2, dK, c1, PRECISION)
@@ -787,7 +786,7 @@ class _Shape:
 
 @dataclass(frozen=True)
 class _Prefix:
-    """What ``_prefix_kernel`` and ``_kernel_kernel`` make; see there."""
+    """What ``_prefix_kernel`` makes; see there."""
 
     turn: Tensor
     log: Tensor
@@ -796,7 +795,6 @@ class _Prefix:
     keys: Tensor
     reading: Tensor
     total: Tensor
-    kernel: Tensor
 
 
 def _block(size: int, most: int) -> int:
@@ -820,7 +818,6 @@ def _prefix(q: Tensor, B: Tensor, C: Tensor, shape: _Shape) -> _Prefix:
         keys=empty(s.chunk, 4 * s.states, dtype=s.dtype),
         reading=empty(4 * s.chunk, 4 * s.states, dtype=s.dtype),
         total=empty(5, s.states),
-        kernel=empty(4 * s.chunk, s.chunk, dtype=s.dtype),
     )
     block = _block(s.states, 16)
     _prefix_kernel[(triton.cdiv(s.states, block), *outer)](
@@ -843,23 +840,30 @@ def _prefix(q: Tensor, B: Tensor, C: Tensor, shape: _Shape) -> _Prefix:
         N=s.states,
         CHUNK=s.chunk,
         BLOCK=block,
-        num_warps=4,
+        num_warps=8,
     )
-    _kernel_kernel[outer](
-        found.B_hat,
-        found.C_hat,
-        found.log,
-        found.kernel,
+    return found
+
+
+def _kernel(prefix: _Prefix, shape: _Shape) -> Tensor:
+    """K of every chunk, [rows, G, 4 Q, Q]."""
+    s = shape
+    kernel = prefix.reading.new_empty(s.rows, s.groups, 4 * s.chunk, s.chunk)
+    _kernel_kernel[(s.rows, s.groups)](
+        prefix.B_hat,
+        prefix.C_hat,
+        prefix.log,
+        kernel,
         s.groups,
         N=s.states,
         CHUNK=s.chunk,
-        BLOCK=block,
+        BLOCK=_block(s.states, 32),
         LEVELS=s.levels,
         PRECISION=s.precision,
         num_warps=8,
         num_stages=1,
     )
-    return found
+    return kernel
 
 
 def _states(S: Tensor, start: Tensor | None, prefix: _Prefix, shape: _Shape) -> tuple[Tensor, Tensor]:
@@ -893,14 +897,16 @@ def _states(S: Tensor, start: Tensor | None, prefix: _Prefix, shape: _Shape) -> 
     return states, end
 
 
-def _outputs(S: Tensor, states: Tensor, D: Tensor | None, prefix: _Prefix, shape: _Shape) -> Tensor:
+def _outputs(
+    S: Tensor, states: Tensor, D: Tensor | None, kernel: Tensor, prefix: _Prefix, shape: _Shape
+) -> Tensor:
     """y [batch, whole chunks, 4, G P]."""
     s = shape
     y = S.new_empty(s.batch, s.num_chunks * s.chunk, 4, s.groups * s.channels)
     rows, columns = min(128, 4 * s.chunk), 128
     tiles = 4 * s.chunk // rows * triton.cdiv(s.channels, columns)
     _output_kernel[(tiles, s.rows, s.groups)](
-        prefix.kernel,
+        kernel,
         prefix.reading,
         S,
         states,
@@ -918,10 +924,13 @@ def _outputs(S: Tensor, states: Tensor, D: Tensor | None, prefix: _Prefix, shape
         INNER=_block(4 * s.states, 64),
         HAS_D=D is not None,
         PRECISION=s.precision,
-        num_warps=8,
-        num_stages=3,
+        num_warps=4,
+        num_stages=2,
     )
     return y
+
+
+CARRY_CHANNELS, CARRY_STATES, CARRY_WARPS = 16, 32, 4
 
 
 def _carry_backward(
@@ -929,7 +938,7 @@ def _carry_backward(
 ) -> tuple[Tensor, Tensor]:
     """Carry the gradient of the states, in place; that of the first [batch, G, P, 4, N], and ``dturn``."""
     s = shape
-    channels, block = 16, _block(s.states, 32)
+    channels, block = CARRY_CHANNELS, _block(s.states, CARRY_STATES)
     grid = (triton.cdiv(s.states, block), triton.cdiv(s.channels, channels), s.batch * s.groups)
     dstart = dstates.new_empty(s.batch, s.groups, s.channels, 4, s.states, dtype=torch.float32)
     dturn = dstates.new_empty(grid[1], s.rows, s.groups, 4, s.states, dtype=torch.float32)
@@ -947,13 +956,13 @@ def _carry_backward(
         CHANNELS=channels,
         STATES=block,
         HAS_END=dend is not None,
-        num_warps=4,
+        num_warps=CARRY_WARPS,
     )
     return dstart, dturn.sum(0)
 
 
 def _values_backward(
-    S: Tensor, D: Tensor | None, dy: Tensor, dstates: Tensor, prefix: _Prefix, shape: _Shape
+    S: Tensor, D: Tensor | None, dy: Tensor, dstates: Tensor, kernel: Tensor, prefix: _Prefix, shape: _Shape
 ) -> tuple[Tensor, Tensor | None]:
     """dS and dD."""
     s = shape
@@ -962,7 +971,7 @@ def _values_backward(
     dD = None if D is None else S.new_empty(s.rows, width, dtype=torch.float32)
     columns = 128
     _values_backward_kernel[(triton.cdiv(s.channels, columns), s.rows, s.groups)](
-        prefix.kernel,
+        kernel,
         prefix.keys,
         dy,
         dstates,
@@ -1016,8 +1025,10 @@ class _QuaternionScan(torch.autograd.Function):
         with device_of(S):
             prefix = _prefix(q, B, C, s)
             states, end = _states(S, start, prefix, s)
-            y = _outputs(S, states, skip, prefix, s)
-        ctx.save_for_backward(q, B, C, S, skip, start)
+            kernel = _kernel(prefix, s)
+            y = _outputs(S, states, skip, kernel, prefix, s)
+        # K is small and slow to make; the states are the opposite.
+        ctx.save_for_backward(q, B, C, S, skip, start, kernel)
         ctx.shape = s
         ctx.state_dtype = None if initial_state is None else initial_state.dtype
         ctx.set_materialize_grads(False)
@@ -1026,7 +1037,7 @@ class _QuaternionScan(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, B, C, S, D, start = ctx.saved_tensors
+        q, B, C, S, D, start, kernel = ctx.saved_tensors
         s: _Shape = ctx.shape
         if gradients[0] is None:
             dy = S.new_zeros(s.batch, s.num_chunks * s.chunk, 4, s.groups * s.channels)
@@ -1038,7 +1049,7 @@ class _QuaternionScan(torch.autograd.Function):
             states, _ = _states(S, start, prefix, s)
             values = _padded(S, s).reshape(s.rows, s.chunk, s.groups, s.channels)
             given = dy.view(s.rows, 4 * s.chunk, s.groups, s.channels)
-            dkernel, dreading = torch.empty_like(prefix.kernel), torch.empty_like(prefix.reading)
+            dkernel, dreading = torch.empty_like(kernel), torch.empty_like(prefix.reading)
             dstates, dkeys = torch.empty_like(states), torch.empty_like(prefix.keys)
             for g in range(s.groups):
                 torch.bmm(given[:, :, g], values[:, :, g].transpose(1, 2), out=dkernel[:, g])
@@ -1047,7 +1058,7 @@ class _QuaternionScan(torch.autograd.Function):
             dstart, dturn = _carry_backward(states, dstates, dend, prefix, s)
             for g in range(s.groups):
                 torch.bmm(values[:, :, g], dstates[:, g], out=dkeys[:, g])
-            dS, dD = _values_backward(S, D, dy, dstates, prefix, s)
+            dS, dD = _values_backward(S, D, dy, dstates, kernel, prefix, s)
             dq, dB, dC = torch.empty_like(q), torch.empty_like(B), torch.empty_like(C)
             block = 16
             _operand_backward_kernel[(triton.cdiv(s.states, block), s.rows, s.groups)](

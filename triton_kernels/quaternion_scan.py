@@ -246,7 +246,7 @@ def _kernel_kernel(
         K1 += tl.where(diagonal, tl.sum(d1, 1)[:, None], 0.0)
         K2 += tl.where(diagonal, tl.sum(d2, 1)[:, None], 0.0)
         K3 += tl.where(diagonal, tl.sum(d3, 1)[:, None], 0.0)
-        for level in tl.range(1, LEVELS + 1, disable_licm=True):
+        for level in range(1, LEVELS + 1):
             scale = _level_scale(log_ptr, log, level, offset, n, mask, N)
             c0, c1, c2, c3 = (
                 (C0 * scale).to(dtype),
@@ -398,9 +398,7 @@ def _output_kernel(
     for first in range(0, 4 * N, INNER):
         k = first + tl.arange(0, INNER)
         in_states = k < 4 * N
-        reading = tl.load(
-            reading_ptr + i[:, None] * (4 * N) + k[None, :], mask=in_states[None, :], other=0.0
-        )
+        reading = tl.load(reading_ptr + i[:, None] * (4 * N) + k[None, :], mask=in_states[None, :], other=0.0)
         H = tl.load(
             states_ptr + p[None, :] * (4 * N) + k[:, None],
             mask=in_states[:, None] & in_channels[None, :],
@@ -549,6 +547,13 @@ def _values_backward_kernel(
 
 
 @triton.jit
+def _load_chosen(ptr, level, chosen):
+    """What is chosen of a tile, for a loop over levels; its lines are read whole."""
+    tile = tl.load(ptr, mask=tl.full(chosen.shape, level, tl.int32) > 0, other=0.0)
+    return tl.where(chosen, tile, 0.0)
+
+
+@triton.jit
 def _operand_backward_kernel(
     q_ptr,
     turn_ptr,
@@ -591,7 +596,7 @@ def _operand_backward_kernel(
     LEVELS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Gradients of q, B and C of one chunk, from those of K, ``reading`` and keys; ``w`` is the turn of each q."""
+    """Gradients of q, B and C of a chunk, from those of K, ``reading`` and keys; ``w`` is the turn of a q."""
     row = tl.program_id(1).to(tl.int64)
     group = tl.program_id(2)
     block = row * num_groups + group
@@ -619,7 +624,8 @@ def _operand_backward_kernel(
     t = (row % num_chunks) * CHUNK + offset[:, None]
     inside = mask & (t < length)
 
-    # Queries first, then keys: both at once would not fit into registers.
+    # Queries first, then keys: both at once would not fit into registers. Nor would what the loops load, were
+    # it loaded before them: masks that depend on the level keep loads where they are.
     C0, C1, C2, C3 = load_quaternion(C_hat_ptr, place, CHUNK * N, mask)
     since = tl.exp2(log)
     a0, a1, a2, a3 = load_quaternion(dreading_ptr, blocks, N, mask)
@@ -640,29 +646,30 @@ def _operand_backward_kernel(
     w3 = _add_sum(w3, later, e3)
     x0, x1, x2, x3 = hamilton(k0, k1, k2, k3, B0, -B1, -B2, -B3)
     g0, g1, g2, g3 = g0 + x0, g1 + x1, g2 + x2, g3 + x3
-    for level in tl.range(1, LEVELS + 1, disable_licm=True):
+    for level in range(1, LEVELS + 1):
+        here = mask & (tl.full([CHUNK, BLOCK], level, tl.int32) > 0)
         scale = _level_scale(log_ptr, log, level, offset, n, mask, N)
-        b0, b1, b2, b3 = load_quaternion(B_hat_ptr, place, CHUNK * N, mask)
+        b0, b1, b2, b3 = load_quaternion(B_hat_ptr, place, CHUNK * N, here)
         b0, b1 = (b0 * scale).to(dtype), (b1 * scale).to(dtype)
         b2, b3 = (b2 * scale).to(dtype), (b3 * scale).to(dtype)
         chosen = _pairs(level, offset[:, None], offset[None, :])
         zero = tl.zeros([CHUNK, BLOCK], tl.float32)
-        dK = tl.where(chosen, tl.load(dkernel_ptr + pairs), 0.0)
+        dK = _load_chosen(dkernel_ptr + pairs, level, chosen)
         x0 = _add_product(zero, dK, b0, PRECISION)
         x1 = _add_product(zero, dK, -b1, PRECISION)
         x2 = _add_product(zero, dK, -b2, PRECISION)
         x3 = _add_product(zero, dK, -b3, PRECISION)
-        dK = tl.where(chosen, tl.load(dkernel_ptr + pairs + CHUNK), 0.0)
+        dK = _load_chosen(dkernel_ptr + pairs + CHUNK, level, chosen)
         x1 = _add_product(x1, dK, b0, PRECISION)
         x0 = _add_product(x0, dK, b1, PRECISION)
         x3 = _add_product(x3, dK, -b2, PRECISION)
         x2 = _add_product(x2, dK, b3, PRECISION)
-        dK = tl.where(chosen, tl.load(dkernel_ptr + pairs + 2 * CHUNK), 0.0)
+        dK = _load_chosen(dkernel_ptr + pairs + 2 * CHUNK, level, chosen)
         x2 = _add_product(x2, dK, b0, PRECISION)
         x3 = _add_product(x3, dK, b1, PRECISION)
         x0 = _add_product(x0, dK, b2, PRECISION)
         x1 = _add_product(x1, dK, -b3, PRECISION)
-        dK = tl.where(chosen, tl.load(dkernel_ptr + pairs + 3 * CHUNK), 0.0)
+        dK = _load_chosen(dkernel_ptr + pairs + 3 * CHUNK, level, chosen)
         x3 = _add_product(x3, dK, b0, PRECISION)
         x2 = _add_product(x2, dK, -b1, PRECISION)
         x1 = _add_product(x1, dK, b2, PRECISION)
@@ -671,7 +678,7 @@ def _operand_backward_kernel(
         g0, g1, g2, g3 = g0 + x0, g1 + x1, g2 + x2, g3 + x3
         # Queries are in right halves: sums over the later steps of their own half.
         later = (_same_half(level, offset) & (offset[:, None] <= offset[None, :])).to(dtype)
-        C0, C1, C2, C3 = load_quaternion(C_hat_ptr, place, CHUNK * N, mask)
+        C0, C1, C2, C3 = load_quaternion(C_hat_ptr, place, CHUNK * N, here)
         e0, e1, e2, e3 = hamilton(C0, -C1, -C2, -C3, x0, x1, x2, x3)
         w0 = _add_sum(w0, later, e0)
         w1 = _add_sum(w1, later, e1)
@@ -700,29 +707,30 @@ def _operand_backward_kernel(
     C0, C1, C2, C3 = load_quaternion(C_hat_ptr, place, CHUNK * N, mask)
     x0, x1, x2, x3 = hamilton(C0, -C1, -C2, -C3, k0, k1, k2, k3)
     g0, g1, g2, g3 = g0 + x0, g1 + x1, g2 + x2, g3 + x3
-    for level in tl.range(1, LEVELS + 1, disable_licm=True):
+    for level in range(1, LEVELS + 1):
+        here = mask & (tl.full([CHUNK, BLOCK], level, tl.int32) > 0)
         scale = _level_scale(log_ptr, log, level, offset, n, mask, N)
-        c0, c1, c2, c3 = load_quaternion(C_hat_ptr, place, CHUNK * N, mask)
+        c0, c1, c2, c3 = load_quaternion(C_hat_ptr, place, CHUNK * N, here)
         c0, c1 = (c0 * scale).to(dtype), (c1 * scale).to(dtype)
         c2, c3 = (c2 * scale).to(dtype), (c3 * scale).to(dtype)
         chosen = _pairs(level, offset[None, :], offset[:, None])
         zero = tl.zeros([CHUNK, BLOCK], tl.float32)
-        dK = tl.where(chosen, tl.load(dkernel_ptr + flipped), 0.0)
+        dK = _load_chosen(dkernel_ptr + flipped, level, chosen)
         x0 = _add_product(zero, dK, c0, PRECISION)
         x1 = _add_product(zero, dK, -c1, PRECISION)
         x2 = _add_product(zero, dK, -c2, PRECISION)
         x3 = _add_product(zero, dK, -c3, PRECISION)
-        dK = tl.where(chosen, tl.load(dkernel_ptr + flipped + CHUNK), 0.0)
+        dK = _load_chosen(dkernel_ptr + flipped + CHUNK, level, chosen)
         x0 = _add_product(x0, dK, c1, PRECISION)
         x1 = _add_product(x1, dK, c0, PRECISION)
         x2 = _add_product(x2, dK, -c3, PRECISION)
         x3 = _add_product(x3, dK, c2, PRECISION)
-        dK = tl.where(chosen, tl.load(dkernel_ptr + flipped + 2 * CHUNK), 0.0)
+        dK = _load_chosen(dkernel_ptr + flipped + 2 * CHUNK, level, chosen)
         x0 = _add_product(x0, dK, c2, PRECISION)
         x1 = _add_product(x1, dK, c3, PRECISION)
         x2 = _add_product(x2, dK, c0, PRECISION)
         x3 = _add_product(x3, dK, -c1, PRECISION)
-        dK = tl.where(chosen, tl.load(dkernel_ptr + flipped + 3 * CHUNK), 0.0)
+        dK = _load_chosen(dkernel_ptr + flipped + 3 * CHUNK, level, chosen)
         x0 = _add_product(x0, dK, c3, PRECISION)
         x1 = _add_product(x1, dK, -c2, PRECISION)
         x2 = _add_product(x2, dK, c1, PRECISION)
@@ -730,7 +738,7 @@ def _operand_backward_kernel(
         x0, x1, x2, x3 = x0 * scale, x1 * scale, x2 * scale, x3 * scale
         g0, g1, g2, g3 = g0 + x0, g1 + x1, g2 + x2, g3 + x3
         earlier = (_same_half(level, offset) & (offset[:, None] > offset[None, :])).to(dtype)
-        B0, B1, B2, B3 = load_quaternion(B_hat_ptr, place, CHUNK * N, mask)
+        B0, B1, B2, B3 = load_quaternion(B_hat_ptr, place, CHUNK * N, here)
         e0, e1, e2, e3 = hamilton(x0, x1, x2, x3, B0, -B1, -B2, -B3)
         w0 = _add_sum(w0, earlier, e0)
         w1 = _add_sum(w1, earlier, e1)

@@ -7,6 +7,7 @@ vocabulary 10000.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,10 +18,13 @@ from torch import Tensor
 
 from benchmarks.gpu import Row, ceilings, clean, differentiated, float_speed
 from benchmarks.hardware import hardware
+from mamba_int.datasets import load_data
+from mamba_int.experiment import resolve
 from mamba_int.files import write_json
 from mamba_int.float_models.config import MambaConfig
 from mamba_int.float_models.models import MambaForCausalLM
 from mamba_int.float_models.quaternion_mamba2 import QUATERNION_PRESETS
+from mamba_int.training import train
 from triton_kernels.quaternion import cayley
 from triton_kernels.quaternion_scan import CHUNK, quaternion_scan
 
@@ -91,6 +95,31 @@ def training_rows() -> Iterator[Row]:
                 yield Row(f"train {name}, {mode}", "tokens/s", speed, CLAIM_NAME, CLAIM, detail)
 
 
+def char_rows() -> Iterator[Row]:
+    """Bits per byte of Moby Dick, held-out tenth, beside Mamba-2 of about as many parameters and one budget."""
+
+    def trained(preset: str, **changes: Any) -> tuple[float, dict[str, float]]:
+        experiment = resolve(preset)
+        experiment.model.update(changes)
+        data = load_data(experiment.source)
+        config = experiment.model_config(data)
+        assert isinstance(config, MambaConfig)
+        with tempfile.TemporaryDirectory() as folder:
+            result = train(config, experiment.training, data, experiment.source, Path(folder))
+        found = {
+            "validation": result.validation_metric,
+            "best step": result.best_step,
+            "training seconds": result.train_seconds,
+        }
+        return result.test_metric, found | size(config)
+
+    peer, detail = trained("char-mamba2")
+    yield Row("char-mamba2", "bits per byte", peer, detail=detail)
+    for name, changes in (("", {}), (", selective axis", {"selective_axis": True})):
+        bits, detail = trained("char-quaternion", **changes)
+        yield Row(f"char-quaternion{name}", "bits per byte", bits, "char-mamba2", peer, detail)
+
+
 def size(config: MambaConfig) -> dict[str, float]:
     """Parameters of a model."""
     with torch.device("meta"):
@@ -115,6 +144,9 @@ def main() -> None:
     add(scan_row(rows[0].ours))
     clean()
     for row in training_rows():
+        add(row)
+    clean()
+    for row in char_rows():
         add(row)
 
 

@@ -29,8 +29,8 @@ from torch import Tensor
 from triton_kernels.dispatch import check_operands, device_of, runs_on_triton
 from triton_kernels.quaternion import load_quaternion, store_quaternion
 
-PROGRAMS = 264
-"""Programs of the backward kernel: two for each multiprocessor of an H100 or H200."""
+PROGRAMS = 132
+"""Programs of the backward kernel: one for each multiprocessor of an H100 or H200, whose registers it fills."""
 MAX_CHANNELS = 8192
 """A program keeps a whole row in registers."""
 

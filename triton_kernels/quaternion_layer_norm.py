@@ -30,7 +30,7 @@ from triton_kernels.dispatch import check_operands, device_of, runs_on_triton
 from triton_kernels.quaternion import load_quaternion, store_quaternion
 
 PROGRAMS = 132
-"""Programs of the backward kernel: one for each multiprocessor of an H100 or H200, whose registers it fills."""
+"""Programs of the backward kernel: one, which fills its registers, for each multiprocessor of an H200."""
 MAX_CHANNELS = 8192
 """A program keeps a whole row in registers."""
 

@@ -29,8 +29,8 @@ from torch import Tensor
 from triton_kernels.dispatch import check_operands, device_of, runs_on_triton
 from triton_kernels.quaternion import load_quaternion, store_quaternion
 
-PROGRAMS = 264
-"""Programs of the backward kernel: two for each multiprocessor of an H100 or H200."""
+PROGRAMS = 132
+"""Programs of the backward kernel: one, which fills its registers, for each multiprocessor of an H200."""
 MAX_CHANNELS = 8192
 """A program keeps a whole row in registers."""
 
@@ -49,8 +49,6 @@ def _forward_kernel(
     out_row,
     out_channel,
     out_component,
-    beta_channel,
-    beta_component,
     eps,
     BLOCK: tl.constexpr,
     CENTERED: tl.constexpr,
@@ -73,7 +71,7 @@ def _forward_kernel(
         rstd = tl.rsqrt(tl.sum(square, 0) / width + eps)
         scale = gamma * rstd
     tl.store(statistics_ptr + 2 * row + 1, rstd)
-    b0, b1, b2, b3 = load_quaternion(beta_ptr, d * beta_channel, beta_component, mask)
+    b0, b1, b2, b3 = load_quaternion(beta_ptr, d, width, mask)
     store_quaternion(
         out_ptr + row * out_row,
         d * out_channel,
@@ -84,6 +82,22 @@ def _forward_kernel(
         scale * y3 + b3,
         mask,
     )
+
+
+@triton.jit
+def _load_row(ptr, offset, component_stride, mask):
+    """Four components as they are in memory."""
+    return (
+        tl.load(ptr + offset, mask=mask, other=0.0),
+        tl.load(ptr + offset + component_stride, mask=mask, other=0.0),
+        tl.load(ptr + offset + 2 * component_stride, mask=mask, other=0.0),
+        tl.load(ptr + offset + 3 * component_stride, mask=mask, other=0.0),
+    )
+
+
+@triton.jit
+def _widen(q):
+    return q[0].to(tl.float32), q[1].to(tl.float32), q[2].to(tl.float32), q[3].to(tl.float32)
 
 
 @triton.jit
@@ -118,10 +132,18 @@ def _backward_kernel(
     dbeta1 = tl.zeros([BLOCK], tl.float32)
     dbeta2 = tl.zeros([BLOCK], tl.float32)
     dbeta3 = tl.zeros([BLOCK], tl.float32)
+    first = tl.program_id(0).to(tl.int64)
+    next_y = _load_row(y_ptr + first * y_row, d * y_channel, y_component, mask)
+    next_g = _load_row(g_ptr + first * g_row, d * g_channel, g_component, mask)
     for i in range(tl.program_id(0), rows, tl.num_programs(0)):
         row = tl.cast(i, tl.int64)
-        y0, y1, y2, y3 = load_quaternion(y_ptr + row * y_row, d * y_channel, y_component, mask)
-        g0, g1, g2, g3 = load_quaternion(g_ptr + row * g_row, d * g_channel, g_component, mask)
+        y0, y1, y2, y3 = _widen(next_y)
+        g0, g1, g2, g3 = _widen(next_g)
+        # The row after this one is on its way while this one is computed.
+        after = row + tl.num_programs(0)
+        more = mask & (after + d * 0 < rows)
+        next_y = _load_row(y_ptr + after * y_row, d * y_channel, y_component, more)
+        next_g = _load_row(g_ptr + after * g_row, d * g_channel, g_component, more)
         rstd = tl.load(statistics_ptr + 2 * row + 1)
         along = y0 * g0 + y1 * g1 + y2 * g2 + y3 * g3
         if CENTERED:
@@ -180,13 +202,13 @@ class _QuaternionLayerNorm(torch.autograd.Function):
             _forward_kernel[(rows,)](
                 flat,
                 gamma,
-                beta,
+                # side by side, every row's program would read it in steps of four numbers
+                beta.t().contiguous(),
                 target,
                 statistics,
                 width,
                 *flat.stride(),
                 *target.stride(),
-                *beta.stride(),
                 eps,
                 BLOCK=block,
                 CENTERED=centered,

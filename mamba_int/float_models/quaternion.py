@@ -40,6 +40,7 @@ from mamba_int.float_models.mixer import Mixer, MixerState, initial_step_bias, r
 from mamba_int.float_models.scans import QUATERNION_RECURRENCES, QUATERNION_SCANS
 from triton_kernels.quaternion import cayley, quaternion_product
 from triton_kernels.quaternion_layer_norm import quaternion_layer_norm
+from triton_kernels.sigmoid_gate import sigmoid_gate
 
 
 class QuaternionLayerNorm(nn.Module):
@@ -83,14 +84,13 @@ class _QuaternionMixer(Mixer):
         c = self.config
         x, z = self.in_proj(x).split([c.d_inner, self.in_proj.out_features - c.d_inner], -1)
         x = self.convolve(self.conv1d, x, mask, state)
-        S = torch.sigmoid(self.gate_proj(x)) * x
+        S = sigmoid_gate(self.gate_proj(x), x)
         y, last = self.scan(x, S, mask, None if state is None else state["ssm_state"])
         if state is not None:
             state["ssm_state"].copy_(last.detach())
         # Components in planes, as the scan leaves them in memory: nothing is copied.
         y = self.norm(y).transpose(-1, -2).flatten(-2)
-        out: Tensor = torch.sigmoid(z[..., : c.d_model]) * self.out_proj(y)
-        return out
+        return sigmoid_gate(z[..., : c.d_model], self.out_proj(y))
 
     def scan(self, x: Tensor, S: Tensor, mask: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor]:
         """y [batch, T, d_inner, 4] of the dtype of ``S``, and the final state."""

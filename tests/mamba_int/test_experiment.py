@@ -123,7 +123,7 @@ def test_mistake_in_a_file_is_named(tmp_path: Path, text: str, words: str) -> No
     [
         ({"preset": "digit"}, "no preset 'digit'; did you mean 'digits'"),
         ({"preset": "../digits"}, "no preset"),
-        ({"preset": "zzz"}, "choose one of char, char-large, char-mamba2, digits, "),
+        ({"preset": "zzz"}, "choose one of char, char-large, char-mamba2, char-quaternion, digits, "),
         ({"preset": "digits", "data_path": Path("a.txt")}, "trains on labelled sequences, .* --preset char"),
         ({"preset": "char", "data_path": Path("a.csv")}, "trains on text, .* --preset digits"),
         ({"config_path": Path("missing.toml")}, r"cannot read missing\.toml"),

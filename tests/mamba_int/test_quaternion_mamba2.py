@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 from triton import knobs
 
+from mamba_int.datasets import load_data
 from mamba_int.errors import MambaintError
+from mamba_int.experiment import resolve
 from mamba_int.float_models.config import MambaConfig
 from mamba_int.float_models.mixer import build_mixer
 from mamba_int.float_models.models import MambaForCausalLM, MambaForSequenceClassification
@@ -73,6 +75,15 @@ def test_a_preset_is_larger_than_it_is_called() -> None:
         with torch.device("meta"):
             found[name] = sum(p.numel() for p in QuaternionMamba2.from_preset(name).parameters())
     assert found == {"small": 46_513_152, "base": 142_982_400, "large": 333_926_400}
+
+
+def test_the_preset_of_bytes_is_small_or_has_another_budget_than_that_of_mamba2() -> None:
+    experiment = resolve("char-quaternion")
+    config = experiment.model_config(load_data(experiment.source))
+    assert isinstance(config, MambaConfig) and config.mixer == "quaternion"
+    with torch.device("meta"):
+        assert 1_500_000 <= sum(p.numel() for p in QuaternionMamba2(config).parameters()) <= 1_700_000
+    assert experiment.training == resolve("char-mamba2").training
 
 
 @pytest.mark.parametrize("form", FORMS)

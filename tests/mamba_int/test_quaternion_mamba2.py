@@ -212,6 +212,11 @@ def test_an_output_has_other_keys_than_names() -> None:
         outputs["past"]
 
 
+def gradients(model: QuaternionMamba2) -> Tensor:
+    """All of them, in float64 on the CPU."""
+    return torch.cat([p.grad.flatten().cpu().double() for p in model.parameters() if p.grad is not None])
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("form", FORMS)
 def test_a_training_step_on_a_gpu_differs_or_cannot_be_captured(form: dict[str, Any]) -> None:
@@ -222,6 +227,11 @@ def test_a_training_step_on_a_gpu_differs_or_cannot_be_captured(form: dict[str, 
     ids = torch.randint(500, (2, 150))
     exact_loss = exact(ids, labels=ids)["loss"]
     exact_loss.backward()
+    # What bfloat16 itself does: 0.2 of the gradients where the source's norm divides by small deviations.
+    rounded = QuaternionMamba2(replace(TINY, **changes))
+    rounded.load_state_dict(model.state_dict())
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded(ids, labels=ids)["loss"].backward()
     model.cuda()
     static = ids.cuda()
 
@@ -241,6 +251,6 @@ def test_a_training_step_on_a_gpu_differs_or_cannot_be_captured(form: dict[str, 
         loss = step()
     graph.replay()
     assert float(loss) == pytest.approx(float(exact_loss.detach()), rel=1e-2)
-    found = torch.cat([p.grad.flatten().cpu().double() for p in model.parameters() if p.grad is not None])
-    wanted = torch.cat([p.grad.flatten() for p in exact.parameters() if p.grad is not None])
-    assert float((found - wanted).norm() / wanted.norm()) < 0.05
+    wanted = gradients(exact)
+    unavoidable = (gradients(rounded) - wanted).norm()
+    assert float((gradients(model) - wanted).norm()) < 1.5 * float(unavoidable) + 0.02 * float(wanted.norm())

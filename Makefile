@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-gpu check bench-digits bench-proving bench-estimate bench-gpu bench-char bench-conversion bench-char-conversion clean
+.PHONY: setup demo test test-gpu check bench-digits bench-proving bench-estimate bench-gpu bench-char bench-conversion bench-char-conversion bench-quaternion bench-rotations clean
 
 setup: $(STAMP)
 
@@ -53,6 +53,14 @@ bench-conversion: setup
 # Two minutes on a GPU: a float text model, its int8 and ternary forms, fine-tuned.
 bench-char-conversion: setup
 	$(BIN)/python -m benchmarks.char_conversion
+
+# Three minutes on a GPU: quaternion Mamba-2 beside Mamba-2, and its scan.
+bench-quaternion: setup
+	$(BIN)/python -m benchmarks.quaternion
+
+# Three minutes on a GPU: which models compose rotations.
+bench-rotations: setup
+	$(BIN)/python -m benchmarks.rotations
 
 check: setup
 	$(BIN)/ruff check .

@@ -95,6 +95,12 @@ ACTIVATIONS: dict[str, Curve] = {
 """The activations of float models, by their names there."""
 
 
+SIGMOID = Curve(lambda x: np.exp(-np.logaddexp(0.0, -x)))
+"""1 / (1 + e^-x)."""
+SOFTPLUS = Curve(lambda x: np.logaddexp(0.0, x))
+"""log(1 + e^x)."""
+
+
 def log_step(low: float = 0.0, high: float = 0.0) -> Curve:
     """log(softplus(t)), the logarithm of the step size (arXiv 2312.00752, section 3.6).
 

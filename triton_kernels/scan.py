@@ -45,7 +45,7 @@ class ScanScales:
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """Products of quaternions whose components are on the fourth axis from the end, as many as are not zero."""
+    """Products of quaternions, the components that are not zero on the fourth axis from the end."""
     if a.shape[-4] == 1:
         return a * b
     wide = [value.movedim(-4, -1) for value in (a, b)]

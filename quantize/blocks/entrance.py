@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mamba_int.float_models.bit_shift_norm import BitShiftNorm
 from mamba_int.float_models.mixer import Mixer
-from mamba_int.float_models.models import RMSNorm
+from mamba_int.float_models.models import ResidualSum, RMSNorm
 from quantize.conversion_config import WeightForm
 from quantize.observations import Record, record_norm
 from quantize.parameters import array
@@ -18,9 +18,9 @@ from quantize.scales import FloatArray
 
 
 class Layer(NamedTuple):
-    """A mixer and the norm before it; ``norm`` is None for a mixer alone."""
+    """A mixer and the norm before it; ``norm`` is None for a mixer alone, a sum where there is no norm."""
 
-    norm: RMSNorm | BitShiftNorm | None
+    norm: RMSNorm | BitShiftNorm | ResidualSum | None
     mixer: Mixer
 
     @property

@@ -11,6 +11,7 @@ from typing import Any, Literal, Self
 from mamba_int.config import dataclass_from_dict
 from mamba_int.datasets.csv_file import load_csv
 from mamba_int.datasets.embedded import load_digits, load_moby_dick
+from mamba_int.datasets.gestures import load_gestures
 from mamba_int.datasets.npz_file import load_npz
 from mamba_int.datasets.records import ClassificationData, TextData
 from mamba_int.datasets.rotations import load_rotations
@@ -19,8 +20,8 @@ from mamba_int.datasets.token_file import load_token_file
 from mamba_int.datasets.ts_file import load_ts
 from mamba_int.errors import MambaintError
 
-Kind = Literal["digits", "moby-dick", "rotations", "csv", "npz", "ts", "text", "tokens"]
-_EMBEDDED = ("digits", "moby-dick", "rotations")
+Kind = Literal["digits", "moby-dick", "rotations", "gestures", "csv", "npz", "ts", "text", "tokens"]
+_EMBEDDED = ("digits", "moby-dick", "rotations", "gestures")
 TEXT_KINDS = ("moby-dick", "text", "tokens")
 """Kinds that load as :class:`TextData`."""
 _KIND_OF_SUFFIX: dict[str, Kind] = {".csv": "csv", ".npz": "npz", ".ts": "ts", ".tokens": "tokens"}
@@ -31,11 +32,11 @@ class DataSource:
     """Where a data set comes from; enough to load the same splits again.
 
     Attributes:
-        kind: an embedded data set, or the format of ``path``.
-        path: the file; empty for an embedded data set.
+        kind: an embedded or generated data set, or the format of ``path``.
+        path: the file; empty for an embedded or generated data set.
         label_column: CSV: header name or index of the label; empty for the last column.
         seq_len: CSV: steps to fold the columns into; .ts: steps to pad or truncate to; 0: as found;
-            rotations: steps to generate, 0 for 12.
+            rotations and gestures: steps to generate, 0 for 12 and 16.
         n_features: CSV: channels to fold the columns into; 0: as found.
         split_seed: seed of the splits the file lacks, or of what is generated.
     """
@@ -57,6 +58,7 @@ class DataSource:
             "csv": ("label_column", "seq_len", "n_features"),
             "ts": ("seq_len",),
             "rotations": ("seq_len",),
+            "gestures": ("seq_len",),
         }.get(self.kind, ())
         for key in ("label_column", "seq_len", "n_features"):
             if getattr(self, key) and key not in allowed:
@@ -101,6 +103,7 @@ def load_data(source: DataSource) -> ClassificationData | TextData:
         "digits": load_digits,
         "moby-dick": load_moby_dick,
         "rotations": lambda: load_rotations(source.seq_len, source.split_seed),
+        "gestures": lambda: load_gestures(source.seq_len, source.split_seed),
         "csv": lambda: load_csv(
             path, source.label_column, source.seq_len, source.n_features, source.split_seed
         ),

@@ -1,11 +1,11 @@
 """Generated rotations of a rigid body, as a three-axis gyroscope reads them.
 
-A body starts upright. At every step it turns by a rotation vector (axis times angle, in its own frame), drawn
-from a normal distribution; the label is the axis, of six, that its z axis is nearest to in the end. Rotations
-do not commute, so their order decides: steps about one axis at a time could be added up, these cannot.
+A body rests for a step or more and then turns at every step by a quarter, one way or the other, about one of
+its own axes; the label is which of six directions its z axis points to in the end. Turns about different axes
+do not commute, so their order decides. Bodies to train on turn any number of times, so that the short sequences
+lead to the long ones; those to validate and test on turn at every step but the first.
 
-The same arguments give the same data everywhere: rotation vectors are integers in units of 1/64 radian, drawn
-by NumPy's PCG64, and bodies within 2^-20 of a tie between two axes are drawn again.
+The same arguments give the same data everywhere: inputs are whole quarter turns, drawn by NumPy's PCG64.
 """
 
 from __future__ import annotations
@@ -13,33 +13,32 @@ from __future__ import annotations
 import numpy as np
 
 from mamba_int.datasets.assembly import Floats, Integers, Samples, assemble
-from mamba_int.datasets.records import FEATURE_LIMIT, ClassificationData
+from mamba_int.datasets.records import ClassificationData
 from mamba_int.errors import MambaintError
 
-UNITS_PER_RADIAN = 64
-DEVIATION = 0.4
-"""Of each component of a step's rotation vector, in radians, if not told otherwise."""
 STEPS = 12
+"""Of a body if not told otherwise, rest included."""
 SAMPLES = {"train": 50000, "validation": 2000, "test": 4000}
 CLASS_NAMES = ("+x", "-x", "+y", "-y", "+z", "-z")
-_TIE = 2.0**-20
+QUARTER_TURNS = np.concatenate([np.eye(3), -np.eye(3)])
+"""[6, 3]: one quarter turn about x, y or z, or back."""
 
 
 def composed_rotations(vectors: Floats) -> Floats:
-    """Unit quaternions [n, 4] of the bodies after all steps.
+    """Unit quaternions [n, T, 4] of the bodies after every step.
 
     Args:
-        vectors: rotation vectors in radians, [n, T, 3], each in the frame of the body at its step.
+        vectors: rotation vectors (axis times angle) in radians, [n, T, 3], each in the body's frame at its step.
 
     Returns:
-        Q = q_1 q_2 ... q_T with q_t = cos |w|/2 + w / |w| sin |w|/2 (Hamilton's product): a vector v of the
+        Q_t = q_1 q_2 ... q_t with q_t = cos |w|/2 + w / |w| sin |w|/2 (Hamilton's product): a vector v of the
         body points to Q v Q*.
     """
     angles = np.linalg.norm(vectors, axis=-1, keepdims=True)
     halves = np.concatenate([np.cos(angles / 2), 0.5 * np.sinc(angles / (2 * np.pi)) * vectors], -1)
-    turned = np.tile(np.array([1.0, 0.0, 0.0, 0.0]), (len(vectors), 1))
-    for t in range(vectors.shape[1]):
-        turned = _product(turned, halves[:, t])
+    turned = halves.copy()
+    for t in range(1, vectors.shape[1]):
+        turned[:, t] = _product(turned[:, t - 1], halves[:, t])
     return turned
 
 
@@ -55,49 +54,37 @@ def _product(p: Floats, q: Floats) -> Floats:
     return np.stack(components, -1)
 
 
-def upright_axis(turned: Floats) -> Floats:
-    """Where the z axis of each body points: Q k Q*, [n, 3]."""
-    a, b, c, d = turned.T
-    return np.stack([2 * (b * d + a * c), 2 * (c * d - a * b), a * a - b * b - c * c + d * d], -1)
+def nearest_axis(turned: Floats) -> Integers:
+    """Which of ``CLASS_NAMES`` the z axis of each body, Q k Q*, is nearest to: indices [...] of [..., 4]."""
+    a, b, c, d = np.moveaxis(turned, -1, 0)
+    along = np.stack([2 * (b * d + a * c), 2 * (c * d - a * b), a * a - b * b - c * c + d * d], -1)
+    axis = np.abs(along).argmax(-1)
+    return np.asarray(2 * axis + (np.take_along_axis(along, axis[..., None], -1)[..., 0] < 0))
 
 
-def nearest_axis(direction: Floats) -> tuple[Integers, Floats]:
-    """Index in ``CLASS_NAMES`` of the axis nearest to each direction [n, 3], and its lead over the next."""
-    along = np.stack([direction, -direction], -1).reshape(len(direction), 6)
-    ordered = np.sort(along, -1)
-    return along.argmax(-1), ordered[:, -1] - ordered[:, -2]
+def _draw(generator: np.random.Generator, count: int, steps: int, all_turn: bool) -> Samples:
+    turns = QUARTER_TURNS[generator.integers(6, size=(count, steps))]
+    rest = np.ones(count) if all_turn else generator.integers(1, steps, size=count)
+    turns[np.arange(steps) < rest[:, None]] = 0.0
+    label = nearest_axis(composed_rotations(np.pi / 2 * turns)[:, -1])
+    return Samples(turns, tuple(CLASS_NAMES[i] for i in label))
 
 
-def _draw(generator: np.random.Generator, count: int, steps: int, deviation: float) -> Samples:
-    inputs, labels = [], []
-    found = 0
-    while found < count:
-        drawn = generator.standard_normal((count - found, steps, 3)) * (deviation * UNITS_PER_RADIAN)
-        vectors = np.clip(np.rint(drawn), -FEATURE_LIMIT, FEATURE_LIMIT)
-        label, lead = nearest_axis(upright_axis(composed_rotations(vectors / UNITS_PER_RADIAN)))
-        clear = lead > _TIE
-        inputs.append(vectors[clear])
-        labels.append(label[clear])
-        found += int(clear.sum())
-    names = tuple(CLASS_NAMES[i] for i in np.concatenate(labels))
-    return Samples(np.concatenate(inputs), names)
-
-
-def load_rotations(steps: int = 0, seed: int = 0, deviation: float = DEVIATION) -> ClassificationData:
-    """50,000 bodies to train on, 2,000 to validate, 4,000 to test: int64 [n, steps, 3] and one of six axes.
+def load_rotations(steps: int = 0, seed: int = 0) -> ClassificationData:
+    """50,000 bodies to train on, 2,000 to validate, 4,000 to test: int64 [n, steps, 3] quarter turns about x,
+    y and z, and one of six directions.
 
     Args:
-        steps: of a body; 0 for 12.
+        steps: of a body, the first of them at rest; 0 for 12.
         seed: of the generator.
-        deviation: standard deviation of each component of a step's rotation vector, in radians.
     """
-    if steps < 0 or seed < 0 or not deviation > 0:
+    if steps < 0 or steps == 1 or seed < 0:
         raise MambaintError(
-            f"{steps} steps of {deviation} radians from seed {seed}",
-            "give 0 or more, and a positive deviation",
+            f"{steps} steps of rotations from seed {seed}",
+            f"give 2 steps or more, or 0 for {STEPS}, and a seed",
         )
     generator = np.random.default_rng(seed)
     train, validation, test = (
-        _draw(generator, count, steps or STEPS, deviation) for count in SAMPLES.values()
+        _draw(generator, count, steps or STEPS, part != "train") for part, count in SAMPLES.items()
     )
     return assemble("rotations", train, validation, test, CLASS_NAMES)

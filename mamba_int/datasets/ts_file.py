@@ -17,11 +17,17 @@ from mamba_int.files import read_bytes
 
 @dataclass
 class _Parsed:
-    """Series as parsed: per sample C lists of equal length, and the classes of the header."""
+    """Series as parsed: per sample C lists of equal length; and what the header says.
+
+    ``dimensions`` and ``steps`` are 0 where it says nothing of them.
+    """
 
     series: list[list[list[float]]] = field(default_factory=list)
     labels: list[str] = field(default_factory=list)
     class_names: tuple[str, ...] = ()
+    dimensions: int = 0
+    steps: int = 0
+    equal_length: bool = False
 
     @property
     def longest(self) -> int:
@@ -52,9 +58,32 @@ def _read_header(path: Path, number: int, line: str, parsed: _Parsed) -> bool:
             if len(set(values[1:])) != len(values) - 1:
                 raise _fault(path, number, "declares a class twice", "declare every class once")
             parsed.class_names = tuple(values[1:])
+        case "univariate" if _flag(path, number, key, values):
+            parsed.dimensions = 1
+        case "dimensions" | "dimension":
+            parsed.dimensions = _count(path, number, key, values)
+        case "equallength":
+            parsed.equal_length = _flag(path, number, key, values)
+        case "serieslength":
+            parsed.steps = _count(path, number, key, values)
         case _:
             pass
     return False
+
+
+def _flag(path: Path, number: int, key: str, values: list[str]) -> bool:
+    value = values[0].lower() if len(values) == 1 else ""
+    if value not in ("true", "false"):
+        raise _fault(
+            path, number, f"has no 'true' or 'false' after @{key}", f"write '@{key} true' or 'false'"
+        )
+    return value == "true"
+
+
+def _count(path: Path, number: int, key: str, values: list[str]) -> int:
+    if len(values) != 1 or not (values[0].isascii() and values[0].isdecimal()) or int(values[0]) == 0:
+        raise _fault(path, number, f"has no positive integer after @{key}", f"write '@{key} 3', for example")
+    return int(values[0])
 
 
 def _read_series(path: Path, number: int, line: str, parsed: _Parsed) -> None:
@@ -88,6 +117,21 @@ def _read_series(path: Path, number: int, line: str, parsed: _Parsed) -> None:
             number,
             f"has {len(sample)} dimensions, the series before it {len(parsed.series[0])}",
             "give every series the same dimensions",
+        )
+    # A file that was cut short, or lost a column, is told by its header.
+    if parsed.dimensions and len(sample) != parsed.dimensions:
+        raise _fault(
+            path,
+            number,
+            f"has {len(sample)} dimensions, the header says {parsed.dimensions}",
+            "correct the series or the header",
+        )
+    if parsed.equal_length and parsed.steps and len(sample[0]) != parsed.steps:
+        raise _fault(
+            path,
+            number,
+            f"has {len(sample[0])} steps, the header says {parsed.steps}",
+            "correct the series or the header",
         )
     parsed.series.append(sample)
     parsed.labels.append(label)

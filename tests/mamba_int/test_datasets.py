@@ -356,11 +356,29 @@ def test_padding_widens_the_domain_of_integer_series(tmp_path: Path) -> None:
         (HEADER + "1,2:1:up\n", "dimensions of different lengths"),
         (HEADER + "1,2:1,2:up\n1,2:up\n", "line 8 .* 1 dimensions, the series before it 2"),
         (HEADER + ":up\n", "holds ''"),
+        (HEADER.replace("@univariate false", "@univariate true") + "1:2:up\n", "line 7 .* header says 1"),
+        (HEADER.replace("@univariate false", "@univariate maybe"), "line 4 .* no 'true' or 'false'"),
+        (HEADER.replace("#c", "@dimensions 3") + "1:2:up\n", "line 7 .* 2 dimensions, the header says 3"),
+        (HEADER.replace("#c", "@dimensions x"), "line 1 .* no positive integer after @dimensions"),
+        ("@equalLength true\n@seriesLength 2\n" + HEADER + "1,2:2,1:up\n1:2:up\n", "line 10 .* says 2"),
     ],
 )
 def test_bad_ts_is_refused(tmp_path: Path, text: str, words: str) -> None:
     with pytest.raises(MambaintError, match=words):
         load(write(tmp_path / "P.ts", text))
+
+
+def test_a_header_without_equal_lengths_is_taken_as_one_with_them(tmp_path: Path) -> None:
+    """Archives give the longest series' length there."""
+    header = "@equalLength false\n@seriesLength 5\n@dimension 2\n@univariate FALSE\n"
+    data = load(write(tmp_path / "P.ts", header + ts_text([3, 5] * 10)), seq_len=5)
+    assert data.seq_len == 5
+
+
+def test_univariate_series_are_refused(tmp_path: Path) -> None:
+    header = HEADER.replace("@univariate false", "@univariate true\n@dimensions 1")
+    lines = "".join(f"{i},{i % 3},0.5:{('up', 'down')[i % 2]}\n" for i in range(20))
+    assert load(write(tmp_path / "P.ts", header + lines)).train_inputs.shape[1:] == (3, 1)
 
 
 def test_ts_pair_of_different_dimensions_is_refused(tmp_path: Path) -> None:

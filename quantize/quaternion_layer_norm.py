@@ -58,11 +58,14 @@ def quaternion_layer_norm(
 ) -> tuple[str, FloatArray]:
     """The norm before ``weight`` of :func:`folded`, and the scale of every channel."""
     b, c = p.graph, p.config
+    if c.target == "circuit" and not norm.centered:
+        # It is rounded once, as it is squared.
+        return p.norm(name, source, norm.eps / 4, weight, form, steady=True)
     seen = p.seen[f"{name}.source"]
     frac = min(places_for(seen.largest, c.internal_limit), b.frac[source])
     y = b.requantize(f"{name}_in", source, frac, c.internal_limit)
     if not norm.centered:
-        return p.norm(name, y, norm.eps / 4, weight, form)
+        return p.norm(name, y, norm.eps / 4, weight, form, steady=True)
     p.stands_for(y, f"{name}.source")
     width = b.types[y].shape[-1] // 4
 

@@ -1,7 +1,9 @@
 """``scan``: real, complex or quaternion states, step by step.
 
-Every component of a state is the clamp of a shift of one dot, with q, its negative and B as the small side, or
-of a product that is claimed over the channels of each state. Nothing is read before the first step.
+Every component of a state is the clamp of a shift of one dot, with q, its negative and B as the small side.
+Or products are claimed over the channels of each state; then what is made is H + H_limit, whose clamp begins
+at zero, and what reads it takes the sum of H_limit over the channels off, once for each state. Nothing is
+read before the first step.
 """
 
 from __future__ import annotations
@@ -40,12 +42,14 @@ class _States:
 
     Attributes:
         b: the constraint graph. node: of the integer graph. shape: its widths.
+        offset: by how much the cells of a state exceed it.
     """
 
     def __init__(self, inputs: list[Value], node: Node) -> None:
         self.b, self.node = inputs[0].builder, node
         types = [value.type for value in inputs]
         self.shape = ScanShape(node, types)
+        self.offset = node.integer("H_limit") if self.b.challenged else 0
         self._inputs, self._types = inputs, types
         self._planes: tuple[Ids, Ids, Ids, Ids] | None = None
         self._states: list[Ids] = []
@@ -65,7 +69,7 @@ class _States:
         return inflow, inflow + self.shape.turning * q * self.node.integer("H_limit")
 
     def states(self) -> list[Ids]:
-        """H of every step [components, G, P, N]."""
+        """H of every step [components, G, P, N], plus the offset."""
         if not self._states:
             with self.b.part(f"{self.node.name}.H"):
                 for t in range(self._types[0].shape[0]):
@@ -73,21 +77,20 @@ class _States:
         return self._states
 
     def _next(self, t: int) -> Ids:
-        reach, s = self.reach[1 if t else 0], self.shape
-        name, places, limit = f"{self.node.name}.H{t}", self.node.integer("q_bits"), self._limit
-        tensor = TensorType(s.state, -reach, reach)
+        reach, shape = self.reach[1 if t else 0], self.shape.state
+        name, places = f"{self.node.name}.H{t}", self.node.integer("q_bits")
+        limit, offset = self.node.integer("H_limit"), self.offset << places
+        tensor = TensorType(shape, offset - reach, offset + reach)
         total: Value
         if self.b.challenged:
             total = _TurnedStates(self, t, f"{name}.turned", tensor)
         else:
             total = Summed(self.b, f"{name}.turned", tensor, partial(self._turned, t, reach))
-        wide = shifted(reach, places)
-        moved = total.shifted(name, TensorType(s.state, -wide, wide), places) if places else total
-        return moved.clamp(-limit, limit)
-
-    @property
-    def _limit(self) -> int:
-        return self.node.integer("H_limit")
+        moved = total
+        if places:
+            ends = shifted(tensor.low, places), shifted(tensor.high, places)
+            moved = total.shifted(name, TensorType(shape, *ends), places)
+        return moved.clamp(self.offset - limit, self.offset + limit)
 
     def _turned(self, t: int, reach: int) -> Accumulation:
         """q H + (B x) << a before the shift."""
@@ -159,9 +162,16 @@ class _States:
     def over_channels(self, t: int) -> Ids:
         """sum_p alpha^p H_t[m, g, p, n], random cells [components, G, N]."""
         if t not in self._over_channels:
-            powers = self.b.powers(self.shape.channels)
-            self._over_channels[t] = self.b.dot("mgpn,p->mgn", self._states[t], powers)
+            b, powers = self.b, self.b.powers(self.shape.channels)
+            raised = b.dot("mgpn,p->mgn", self._states[t], powers)
+            offset = b.mul(b.total_weight(powers), b.constant([self.offset]))
+            self._over_channels[t] = b.sub(raised, np.broadcast_to(offset, raised.shape))
         return self._over_channels[t]
+
+    def honest_state(self, get: Get, t: int) -> Values:
+        """Values of H_t."""
+        states: Values = get(self._states[t]) - self.offset
+        return states
 
     def honest(self, get: Get) -> tuple[Values, Values, Values, Values]:
         """Values of the operands, as :meth:`planes` has their cells."""
@@ -170,7 +180,7 @@ class _States:
 
 
 class _TurnedStates(Claimed):
-    """q H_{t-1} + (B x) << a of one step before the shift, [components, G, P, N], claimed.
+    """q H_{t-1} + (B x) << a of one step before the shift, [components, G, P, N], claimed; plus the offset.
 
     Element (m, g, p, n) weighs alpha^(s ((m G + g) N + n) + p) for some s >= P: over p, the states before
     become one cell for each component and state.
@@ -179,6 +189,7 @@ class _TurnedStates(Claimed):
     def __init__(self, states: _States, t: int, name: str, tensor: TensorType) -> None:
         super().__init__(states.b, name, tensor)
         self._of, self._t = states, t
+        self._offset = states.offset << states.node.integer("q_bits")
 
     def grid(self) -> Grid:
         components, groups, channels, states = self.type.shape
@@ -192,7 +203,8 @@ class _TurnedStates(Claimed):
         entering = b.dot("mgn,mgn->g", B, rows)
         x_over = b.dot("gp,p->g", x, grid.columns)
         inflow = b.dot("ag,g->a", entering[None], x_over)
-        parts = [(inflow, 1 << self._of.node.integer("inflow_align"))]
+        everywhere = b.mul(b.total_weight(grid.rows), b.total_weight(grid.columns))
+        parts = [(inflow, 1 << self._of.node.integer("inflow_align")), (everywhere, self._offset)]
         if self._t:
             before = self._of.over_channels(self._t - 1)
             for sign in (1, -1):
@@ -213,8 +225,9 @@ class _TurnedStates(Claimed):
     def exact(self, get: Get) -> Values:
         x, q, B, _ = (values[self._t] for values in self._of.honest(get))
         total: Values = B[:, :, None, :] * x[None, :, :, None] << self._of.node.integer("inflow_align")
+        total = total + self._offset
         if self._t:
-            H = get(self._of._states[self._t - 1])
+            H = self._of.honest_state(get, self._t - 1)
             for terms in self._of.turn_terms():
                 for m, (i, j, sign) in enumerate(terms):
                     total[m] += sign * q[i][:, None, :] * H[j]
@@ -222,7 +235,8 @@ class _TurnedStates(Claimed):
 
 
 class _ReadStates(Claimed):
-    """y before its shift, [T, 4 G P], claimed; element (t, m, g, p) weighs alpha^(s ((4 t + m) G + g) + p)."""
+    """y before its shift, [T, 4 G P], claimed: element (t, m, g, p) weighs alpha^(s ((4 t + m) G + g) + p)
+    for some s >= P."""
 
     def __init__(self, states: _States, node: Node, tensor: TensorType) -> None:
         super().__init__(states.b, node.name, tensor)
@@ -262,7 +276,7 @@ class _ReadStates(Claimed):
 
     def exact(self, get: Get) -> Values:
         x, _, _, C = self._of.honest(get)
-        H = np.stack([get(ids) for ids in self._of.states()])
+        H = np.stack([self._of.honest_state(get, t) for t in range(len(self._of.states()))])
         y: Values = np.zeros((len(x), 4, *x.shape[1:]), dtype=x.dtype)
         y[:, 0] = x * self._of.D(1).astype(np.int64)
         for m in range(4):

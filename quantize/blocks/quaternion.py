@@ -3,11 +3,11 @@
 The recurrence is the operation ``scan``; q is an exact quotient (``quantize.cayley``), the same for fixed and
 selective axes.
 
-**A fixed axis is complex.** Where the axis u of a state does not depend on the input, a unit quaternion g with
-g i g* = u makes q = g (re + im i) g*. The state g* h then fades and turns by the complex number re + im i: in the
-basis 1, i | j, k it is two complex states, with half the products of a quaternion one. g* goes into the rows of
-B, g into those of C (C h = (C g) (g* h)), before they are rounded; nothing is left of it in the integers.
-Integers differ from those of the quaternion form by rounding alone.
+**A fixed axis is complex.** Where the axis u of a state does not depend on the input, a unit quaternion g
+with g i g* = u makes q = g (re + im i) g*. The state g* h then fades and turns by the complex number re + im i:
+in the basis 1, i | j, k it is two complex states, with half the products of a quaternion one. g* goes into the
+rows of B, g into those of C (C h = (C g) (g* h)), before they are rounded; nothing is left of it in the
+integers, which differ from those of the quaternion form by rounding alone.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ SIGMOID_LOW = -16.0
 STATE_ROOM = 1.25
 """Times the largest state that was seen still fit."""
 LEAST_Q_BITS = 6
+SMALLEST_STEP = 2.0**-6
+"""Of the largest: errors of step sizes less than this share count as if they had it."""
 LEAST_C = 7
 """Most magnitude of C is at least this: four bits, its sign included."""
 
@@ -321,7 +323,10 @@ class QuaternionConversion:
         b, at = p.graph, f"{name}.{{}}".format
         wide = p.linear(at("dt_proj"), x, array(mixer.dt_proj.weight), bias_of(mixer.dt_proj), reads=at("x"))
         index = p.index(at("step_index"), wide, p.config.decay_index_bits, -np.inf)
-        dt = p.curve(at("dt"), index, SOFTPLUS, places_for(p.seen[at("dt")].largest, limit), limit)
+        largest = p.seen[at("dt")].largest
+        dt = p.curve(
+            at("dt"), index, SOFTPLUS, places_for(largest, limit), limit, floor=SMALLEST_STEP * largest
+        )
         width = b.types[dt].shape[-1]
         if width == modes.count:
             return dt

@@ -12,9 +12,9 @@ N' = N and b' = b at k + 1 + d places, and D' = 1 + A + N at d places, rounded u
 
 **|q| <= 2^k for every A >= 0 and b**, whatever was rounded. D' is at least 2^k / K times the true divisor, so
 that without the last rounding (re, im) = K - w K (1 - q) with 0 <= w <= 1: a mean of K q and K, neither of
-which is longer than K. The rounding adds at most 1/2, and that of N' and of D' / 2 a 100th, to each component:
-a vector shorter than m, or, where q is real, less than what could pass 2^k = K. So the integers turn states
-and never amplify them.
+which is longer than K. The rounding adds at most 1/2, and that of N' and of D' / 2 a 100th, to each
+component: a vector shorter than m, or, where q is real, less than what could pass 2^k = K. So the integers
+turn states and never amplify them.
 """
 
 from __future__ import annotations

@@ -25,7 +25,11 @@ def record_layer_norm(record: Record, name: str, x: Tensor, norm: ResidualLayerN
 def layer_norm(
     p: Pieces, name: str, source: str, norm: ResidualLayerNorm, weight: FloatArray | None
 ) -> tuple[str, FloatArray]:
-    """The norm before its weight and bias, and the scale of every channel; ``weight`` as of ``Pieces.norm``."""
+    """The norm before its weight and bias, and the scale of every channel.
+
+    Args:
+        weight: as of ``Pieces.norm``.
+    """
     d = p.graph.types[source].shape[-1]
     deviation = centred(p, f"{name}_centred", source, p.seen[f"{name}.source"].largest)
     return p.norm(name, deviation, norm.eps * d * d, weight)

@@ -320,8 +320,10 @@ class Pieces:
         """x over its root mean square times a scale, and that scale of every channel of the result.
 
         The scale fills the result's bits, which the matrix that reads it undoes. Channels that are small have
-        whole places more. Where no matrix follows (``weight`` is None), it is a power of two. ``steady`` is as
-        in :meth:`over_root_mean_square`.
+        whole places more. Where no matrix follows (``weight`` is None), it is a power of two.
+
+        Args:
+            steady: as of :meth:`over_root_mean_square`.
         """
         b, c = self.graph, self.config
         d = b.types[source].shape[-1]
@@ -350,11 +352,11 @@ class Pieces:
     ) -> str:
         """x times scale 2^gains over its root mean square.
 
-        Args:
-            steady: no residual stream that may double: less room beyond what was seen, and more places.
-
         With S = 2^t (sum xs^2 + d eps), R = isqrt(S) and K = s sqrt(d) 2^(t/2 + kappa): x K / R is
         2^kappa s x / rms, for any t and kappa that keep R exact and K / R inside the budget, and for any s.
+
+        Args:
+            steady: no residual stream that may double: less room beyond what was seen, and more places.
         """
         self.stands_for(source, f"{name}.source")
         b, c = self.graph, self.config

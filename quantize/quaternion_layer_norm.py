@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from mamba_int.float_models.quaternion import QuaternionLayerNorm
-from quantize.conversion_config import WeightForm
 from quantize.layer_norm import centred
 from quantize.observations import Record, record_norm
 from quantize.parameters import array
@@ -54,18 +53,18 @@ def record_quaternion_layer_norm(record: Record, name: str, y: Tensor, norm: Qua
 
 
 def quaternion_layer_norm(
-    p: Pieces, name: str, source: str, norm: QuaternionLayerNorm, weight: FloatArray, form: WeightForm
+    p: Pieces, name: str, source: str, norm: QuaternionLayerNorm, weight: FloatArray
 ) -> tuple[str, FloatArray]:
     """The norm before ``weight`` of :func:`folded`, and the scale of every channel."""
     b, c = p.graph, p.config
     if c.target == "circuit" and not norm.centered:
         # It is rounded once, as it is squared.
-        return p.norm(name, source, norm.eps / 4, weight, form, steady=True)
+        return p.norm(name, source, norm.eps / 4, weight, steady=True)
     seen = p.seen[f"{name}.source"]
     frac = min(places_for(seen.largest, c.internal_limit), b.frac[source])
     y = b.requantize(f"{name}_in", source, frac, c.internal_limit)
     if not norm.centered:
-        return p.norm(name, y, norm.eps / 4, weight, form, steady=True)
+        return p.norm(name, y, norm.eps / 4, weight, steady=True)
     p.stands_for(y, f"{name}.source")
     width = b.types[y].shape[-1] // 4
 

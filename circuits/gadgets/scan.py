@@ -86,11 +86,10 @@ class _States:
             total = _TurnedStates(self, t, f"{name}.turned", tensor)
         else:
             total = Summed(self.b, f"{name}.turned", tensor, partial(self._turned, t, reach))
-        moved = total
         if places:
             ends = shifted(tensor.low, places), shifted(tensor.high, places)
-            moved = total.shifted(name, TensorType(shape, *ends), places)
-        return moved.clamp(self.offset - limit, self.offset + limit)
+            total = total.shifted(name, TensorType(shape, *ends), places)
+        return total.clamp(self.offset - limit, self.offset + limit)
 
     def _turned(self, t: int, reach: int) -> Accumulation:
         """q H + (B x) << a before the shift."""

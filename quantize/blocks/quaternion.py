@@ -4,10 +4,10 @@ The recurrence is the operation ``scan``; q is an exact quotient (``quantize.cay
 selective axes.
 
 **A fixed axis is complex.** Where the axis u of a state does not depend on the input, a unit quaternion g
-with g i g* = u makes q = g (re + im i) g*. The state g* h then fades and turns by the complex number re + im i:
-in the basis 1, i | j, k it is two complex states, with half the products of a quaternion one. g* goes into the
-rows of B, g into those of C (C h = (C g) (g* h)), before they are rounded; nothing is left of it in the
-integers, which differ from those of the quaternion form by rounding alone.
+with g i g* = u makes q = g (re + im i) g*. The state g* h then fades and turns by the complex number
+re + im i: in the basis 1, i | j, k it is two complex states, with half the products of a quaternion one. g*
+goes into the rows of B, g into those of C (C h = (C g) (g* h)), before they are rounded; nothing is left of
+it in the integers, which differ from those of the quaternion form by rounding alone.
 """
 
 from __future__ import annotations
@@ -208,7 +208,7 @@ class QuaternionConversion:
         """See ``BlockConversion``."""
         mixer = layer.mixer
         assert isinstance(mixer, QuaternionMixer)
-        return [(mixer.in_proj, layer.norm_weight), (mixer.out_proj, None)]
+        return [(mixer.in_proj, layer.norm_weight)]
 
     def build(self, p: Pieces, name: str, layer: Layer, residual: str) -> str:
         """See ``BlockConversion``."""
@@ -231,8 +231,9 @@ class QuaternionConversion:
         weight, bias = folded(mixer.norm, array(mixer.out_proj.weight))
         own = bias_of(mixer.out_proj)
         bias = bias if own is None else bias + own
-        normed, scales = quaternion_layer_norm(p, at("y_norm"), y, mixer.norm, weight, c.weights)
-        out = p.linear(at("out_proj"), normed, weight, bias, scales, at("y_norm"), c.weights)
+        # Never ternary: it holds what its norm has learned.
+        normed, scales = quaternion_layer_norm(p, at("y_norm"), y, mixer.norm, weight)
+        out = p.linear(at("out_proj"), normed, weight, bias, scales, at("y_norm"))
         out_frac = min(p.places(p.seen[at("out_projected")], c.internal_limit), b.frac[out])
         out = b.requantize(at("out_projected"), out, out_frac, c.internal_limit)
         z_in = p.part(at("z_in"), projected, E, m.d_model)

@@ -100,7 +100,9 @@ def cayley(p: Pieces, name: str, A: str, b: list[str], fit: CayleyFit) -> str:
 
     lost = g.add(f"{name}_minus", "mul", quotient("lost", N), frac=fit.q_bits, constants={"value": -1})
     real = g.add(f"{name}_real", "add", lost, frac=fit.q_bits, constants={"value": one - m})
-    parts = [real, *(quotient(f"turn{i}", part) for i, part in enumerate(b))]
     # No value is beyond: this only says so.
+    if not b:
+        return g.saturate(name, real, -one, one)
+    parts = [real, *(quotient(f"turn{i}", part) for i, part in enumerate(b))]
     parts = [g.saturate(f"{part}_bounded", part, -one, one) for part in parts]
-    return g.add(name, "concat", *parts, frac=fit.q_bits) if b else parts[0]
+    return g.add(name, "concat", *parts, frac=fit.q_bits)

@@ -32,6 +32,8 @@ class Layer(NamedTuple):
 def record_entrance(record: Record, name: str, layer: Layer, residual: Tensor) -> Tensor:
     """What the mixer of the layer ``name`` reads of the stream [batch, T, d_model]."""
     if not isinstance(layer.norm, RMSNorm):
+        if layer.norm is not None:
+            record(f"{name}.norm.source", residual)
         record(f"{name}.norm", residual)
         return residual
     return record_norm(record, f"{name}.norm", residual, layer.norm.eps) * layer.norm.weight
@@ -55,6 +57,8 @@ def enter(
         weight = weight * array(layer.norm.weight)
         normed, scales = p.norm(at, residual, layer.norm.eps, weight, form)
         return normed, weight, scales
+    if layer.norm is not None:
+        p.stands_for(residual, f"{at}.source")
     b, limit = p.graph, p.config.activation_limit
     frac = min(p.places(p.seen[at], limit), b.frac[residual])
     return b.requantize(at, residual, frac, limit), weight, np.ones(weight.shape[1])

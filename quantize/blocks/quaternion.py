@@ -262,9 +262,17 @@ class QuaternionConversion:
         dt_bits = room // 2 + 1
         dt = self._step_sizes(p, name, mixer, modes, x, (1 << dt_bits) - 1)
 
-        # State and q share the budget of their products.
+        # States and C share what D S leaves of their products; a quarter of the budget is for that.
+        C_wide = p.linear(at("C_proj"), x, modes.C, None, reads=at("x"))
+        D, seen = array(mixer.D), p.seen[at("C")]
+        skipped = float(np.abs(D).max()) * b.types[S].magnitude * 2.0 ** -b.frac[S]
         H_limit = c.internal_limit
         H_frac = places_for(STATE_ROOM * p.seen[at("reach")].largest, H_limit)
+        finest = places_for(skipped, 1 << (room - 2)) - 1
+        lost = min(H_limit.bit_length() - 1, max(0, p.places(seen, c.activation_limit) + H_frac - finest))
+        H_limit, H_frac = H_limit >> lost // 2, H_frac - lost // 2
+
+        # State and q share the budget of theirs.
         most = room - H_limit.bit_length() - (modes.turning - 1).bit_length()
         B_wide, B_frac = self._inputs(p, name, modes, dt, x)
         S_magnitude, S_frac = b.types[S].magnitude, b.frac[S]
@@ -291,12 +299,7 @@ class QuaternionConversion:
         C_limit = min(c.internal_limit, ((1 << room) - (1 << (room - 2))) // terms)
         if C_limit < LEAST_C:
             raise exceeded(at("scan"), "scan", 2 * terms * LEAST_C, b.max_bits)
-        C_wide = p.linear(at("C_proj"), x, modes.C, None, reads=at("x"))
-        D = array(mixer.D)
-        # A quarter of the budget is for D S.
-        skipped = float(np.abs(D).max()) * S_magnitude * 2.0**-S_frac
-        finest = places_for(skipped, 1 << (room - 2)) - 1 - H_frac
-        C_frac = min(p.places(p.seen[at("C")], C_limit), b.frac[C_wide], finest)
+        C_frac = min(p.places(seen, C_limit), b.frac[C_wide], finest - H_frac)
         C = b.requantize(at("C"), C_wide, C_frac, C_limit)
         D_frac = min(places_for(float(np.abs(D).max()), 1 << D_BITS), H_frac + C_frac - S_frac)
         y = b.add(

@@ -68,9 +68,11 @@ def quaternion_layer_norm(
     p.stands_for(y, f"{name}.source")
     width = b.types[y].shape[-1] // 4
 
-    # Four squares of y fill the budget.
-    square_limit = math.isqrt((1 << (b.max_bits - 1)) // 4)
-    square_frac = min(places_for(seen.largest, square_limit), frac)
+    # Four squares of y fill the budget; nor may eps exceed it where almost nothing was seen.
+    room = b.max_bits - 1
+    square_limit = math.isqrt((1 << room) // 4)
+    finest = math.floor(math.log2((1 << (room - 2)) / norm.eps) / 2)
+    square_frac = min(places_for(seen.largest, square_limit), frac, finest)
     ys = b.requantize(f"{name}_ys", y, square_frac, square_limit)
     squares = b.add(f"{name}_squares", "mul", ys, ys, frac=2 * square_frac)
     ones = {

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from circuits.runtime.runner import OnnxRunner
 from mamba_int.float_models.config import MambaConfig
 from mamba_int.float_models.mixer import build_mixer
-from mamba_int.float_models.models import MambaForSequenceClassification
+from mamba_int.float_models.models import MambaForCausalLM, MambaForSequenceClassification
 from mamba_int.float_models.quaternion import QuaternionMamba2Block
 from mamba_int.graph import Graph
 from mamba_int.interpreter import evaluate
@@ -23,6 +25,7 @@ from quantize.blocks import registry
 from quantize.blocks.quaternion import Modes, QuaternionConversion
 from quantize.calibration import calibrate, trace
 from quantize.cayley import MARGINS, CayleyFit, cayley, fit_cayley
+from quantize.equality import compare, torch_tracer
 from quantize.float_mamba import PROVABLE, ConversionConfig, InputFormat, convert
 from quantize.pieces import Pieces
 from tests.mamba_int.graphs import node
@@ -199,3 +202,62 @@ def test_a_selective_axis_stays_a_quaternion() -> None:
     graph = convert(model, integers / 16, FORMAT).graph
     scan = graph.by_name["layer0.scan"]
     assert graph.types[scan.inputs[1]].shape == graph.types[scan.inputs[3]].shape
+
+
+# -- whole models ----------------------------------------------------------------------------------------
+
+
+@st.composite
+def shapes(draw: st.DrawFn) -> dict[str, Any]:
+    """Settings of a small model of any quaternion mixer."""
+    mixer = draw(
+        st.sampled_from(["quaternion", "quaternion_lite", "quaternion_full", "quaternion_full_lite"])
+    )
+    groups = draw(st.integers(1, 2)) if "full" not in mixer else 1
+    norm = draw(st.sampled_from(["rms", "none"]))
+    return {
+        "mixer": mixer,
+        "n_groups": groups,
+        "selective_axis": mixer == "quaternion" and draw(st.booleans()),
+        # Fewer channels less their mean are hardly more than signs.
+        "d_model": groups * draw(st.integers(5, 7)),
+        "expand": float(draw(st.integers(1, 2))),
+        "n_layer": draw(st.integers(1, 2)),
+        "d_conv": draw(st.integers(1, 4)),
+        "d_state": draw(st.integers(1, 3)),
+        "n_features": draw(st.sampled_from([0, 1, 3])),
+        "bias": draw(st.booleans()),
+        "conv_bias": draw(st.booleans()),
+        "norm": norm,
+        "final_norm": "layer" if norm == "none" else draw(st.sampled_from(["same", "layer"])),
+        "pooling": draw(st.sampled_from(["last", "mean", "max"])),
+        "dt_max": draw(st.sampled_from([0.02, 0.5])),
+        "vocab_size": 7,
+        "num_labels": 3,
+    }
+
+
+@settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(
+    shapes(), st.sampled_from([1, 2, 7, 17]), st.booleans(), st.sampled_from([ConversionConfig(), PROVABLE])
+)
+def test_backends_agree_on_every_integer_and_with_the_float_model(
+    shape: dict[str, Any], length: int, language: bool, config: ConversionConfig
+) -> None:
+    torch.manual_seed(0)
+    model_config = MambaConfig(**(shape | ({"n_features": 0} if language else {})))
+    model = (MambaForCausalLM if language else MambaForSequenceClassification)(model_config).eval()
+    if model_config.n_features:
+        integers = torch.randint(0, 17, (12, length, model_config.n_features))
+        reals, form = integers / 16, FORMAT
+    else:
+        integers = reals = torch.randint(0, model_config.vocab_size, (12, length))
+        form = None
+    graph = convert(model, reals, form, config).graph
+    equality = compare(graph, integers.numpy(), {"torch": torch_tracer(graph), "onnx": OnnxRunner(graph)})
+    assert equality.equal, equality.first
+    with torch.no_grad():
+        exact = trace(model, reals, lambda name, value: None).double().numpy()
+    found = evaluate(graph, integers.numpy()) * 2.0 ** -graph.by_name[graph.output].frac
+    # Norms that take means off, of few channels, make much of little: this is about scales and signs.
+    assert np.square(found - exact).mean() < 0.3 * np.square(exact).mean()

@@ -29,6 +29,7 @@ from circuits.gadgets.division import div, isqrt
 from circuits.gadgets.linear import linear
 from circuits.gadgets.norm import norm
 from circuits.gadgets.rotate import rotate
+from circuits.gadgets.scan import scan
 from circuits.gadgets.ssd import ssd
 from circuits.gadgets.values import (
     Accumulation,
@@ -220,6 +221,10 @@ def _ssd(low: _Lowering, node: Node, tensor: TensorType) -> Value:
     return ssd(low.operands(node), node, tensor)
 
 
+def _scan(low: _Lowering, node: Node, tensor: TensorType) -> Value:
+    return scan(low.operands(node), node, tensor)
+
+
 def _isqrt(low: _Lowering, node: Node, tensor: TensorType) -> Value:
     (source,) = low.operands(node)
     return Computed(low.cells, node.name, tensor, lambda: isqrt(source, node.name, tensor))
@@ -285,6 +290,7 @@ GADGETS: dict[str, Gadget] = {
     "norm": _norm,
     "rotate": _rotate,
     "ssd": _ssd,
+    "scan": _scan,
     "isqrt": _isqrt,
     "div": _div,
     "slice": _slice,

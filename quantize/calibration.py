@@ -17,10 +17,14 @@ from mamba_int.float_models.models import (
     MambaForCausalLM,
     MambaForFeatureExtraction,
     MambaForSequenceClassification,
+    ResidualLayerNorm,
+    ResidualSum,
+    RMSNorm,
 )
 from quantize.bit_shift_norm import record_bit_shift_norm
 from quantize.blocks.entrance import Layer
 from quantize.blocks.registry import block_conversion
+from quantize.layer_norm import record_layer_norm
 from quantize.observations import Moments, Observations, Observed, Record, record_norm
 
 SAMPLES = 1 << 16
@@ -132,7 +136,9 @@ def named_layers(model: Convertible) -> Iterator[tuple[str, Layer]]:
         return
     for i, layer in enumerate(model.backbone.layers):
         assert isinstance(layer, MambaBlock)
-        yield f"layer{i}", Layer(layer.norm, layer.mixer)
+        norm = layer.norm
+        assert isinstance(norm, RMSNorm | BitShiftNorm | ResidualSum) and isinstance(layer.mixer, Mixer)
+        yield f"layer{i}", Layer(norm, layer.mixer)
 
 
 def trace(model: Convertible, inputs: Tensor, record: Record) -> Tensor:
@@ -164,25 +170,29 @@ def trace(model: Convertible, inputs: Tensor, record: Record) -> Tensor:
         residual = residual[:, -1]
     norm = backbone.norm_f
     weight: Tensor
+    bias: Tensor | float = 0.0
     if isinstance(norm, BitShiftNorm):
         normed = record_bit_shift_norm(record, "final_norm", residual, norm)
         weight = norm.weight * norm.step_size
+    elif isinstance(norm, ResidualLayerNorm):
+        normed, weight, bias = record_layer_norm(record, "final_norm", residual, norm), norm.weight, norm.bias
     else:
+        assert isinstance(norm, RMSNorm)
         normed, weight = record_norm(record, "final_norm", residual, norm.eps), norm.weight
     if isinstance(model, MambaForFeatureExtraction):
-        hidden = normed * weight
+        hidden = normed * weight + bias
         record("hidden", hidden)
         return hidden
     if isinstance(model, MambaForSequenceClassification):
-        # The learned weight comes last here: means and powers of two pass through it, and a maximum if it is
-        # positive.
+        # The learned weight and bias come last here: means and powers of two pass through them, and a maximum
+        # if the weight is positive.
         if c.pooling == "mean":
             normed = normed.mean(1)
         elif c.pooling == "max":
             normed, weight = (normed * weight.sign()).amax(1), weight.abs()
         record("pooled", normed)
-        logits: Tensor = model.classifier(normed * weight)
+        logits: Tensor = model.classifier(normed * weight + bias)
     else:
-        logits = model.logits(normed * weight)
+        logits = model.logits(normed * weight + bias)
     record("logits", logits)
     return logits

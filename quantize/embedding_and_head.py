@@ -8,11 +8,17 @@ from torch import nn
 from mamba_int.float_models.bit_linear import BitLinear
 from mamba_int.float_models.bit_shift_norm import BitShiftNorm
 from mamba_int.float_models.mixer import Mixer
-from mamba_int.float_models.models import MambaForFeatureExtraction, MambaForSequenceClassification
+from mamba_int.float_models.models import (
+    MambaForFeatureExtraction,
+    MambaForSequenceClassification,
+    ResidualLayerNorm,
+    RMSNorm,
+)
 from quantize.bit_linear import bit_linear
 from quantize.bit_shift_norm import bit_shift_norm
 from quantize.calibration import Convertible, FloatModel
 from quantize.conversion_config import InputFormat
+from quantize.layer_norm import layer_norm
 from quantize.parameters import array, bias_of
 from quantize.pieces import Pieces
 from quantize.scales import FloatArray, rounded
@@ -45,30 +51,44 @@ def _real_input(p: Pieces, form: InputFormat, features: int) -> str:
 def head(p: Pieces, model: FloatModel, residual: str) -> str:
     """Logits, or hidden states, of the residual stream after the last layer."""
     b, norm = p.graph, model.backbone.norm_f
+    assert isinstance(norm, RMSNorm | BitShiftNorm | ResidualLayerNorm)
     # The weights of a norm by powers of two are in what it gives.
     gamma = np.ones(model.config.d_model) if isinstance(norm, BitShiftNorm) else array(norm.weight)
+    beta = array(norm.bias) if isinstance(norm, ResidualLayerNorm) else None
 
     def normed(source: str, weight: FloatArray) -> tuple[str, FloatArray]:
         if isinstance(norm, BitShiftNorm):
             return bit_shift_norm(p, "final_norm", source, norm), np.ones(len(gamma))
+        if isinstance(norm, ResidualLayerNorm):
+            return layer_norm(p, "final_norm", source, norm, weight)
         return p.norm("final_norm", source, norm.eps, weight)
+
+    def biased(weight: FloatArray, bias: FloatArray | None) -> FloatArray | None:
+        """The bias of a matrix, and of the norm that it reads."""
+        if beta is None:
+            return bias
+        own: FloatArray = weight @ beta
+        return own if bias is None else own + bias
 
     if isinstance(model, MambaForFeatureExtraction):
         weight = np.diag(gamma)
         hidden, scales = normed(residual, weight)
-        return p.linear("hidden", hidden, weight, None, scales)
+        return p.linear("hidden", hidden, weight, beta, scales)
     if not isinstance(model, MambaForSequenceClassification):
         gain = model.config.d_model**-0.5 if model.config.scale_logits else 1.0
-        weight = array(model.lm_head.weight)[: model.config.vocab_size] * gamma * gain
+        matrix = array(model.lm_head.weight)[: model.config.vocab_size] * gain
+        weight = matrix * gamma
         pooled, scales = normed(residual, weight)
         if isinstance(model.lm_head, BitLinear):
             return bit_linear(p, "logits", pooled, model.lm_head, gain, model.config.vocab_size)
-        return p.linear("logits", pooled, weight, bias_of(model.lm_head), scales, "final_norm")
-    pooling, bias = model.config.pooling, bias_of(model.classifier)
+        bias = biased(matrix, bias_of(model.lm_head))
+        return p.linear("logits", pooled, weight, bias, scales, "final_norm")
+    pooling, matrix = model.config.pooling, array(model.classifier.weight)
+    bias = biased(matrix, bias_of(model.classifier))
     if pooling == "last":
         residual = b.add("last", "reduce", residual, frac=b.frac[residual], kind="last")
     signs = np.where(gamma < 0, -1, 1) if pooling == "max" else np.ones(len(gamma), np.int64)
-    weight = array(model.classifier.weight) * gamma * signs
+    weight = matrix * gamma * signs
     pooled, scales = normed(residual, weight)
     frac = b.frac[pooled]
     if pooling == "max":

@@ -52,17 +52,24 @@ class Curve:
         """The function kept within +-bound: monotone where it was."""
         return Curve(lambda x: np.clip(self.evaluate(x), -bound, bound), self.turning_points)
 
-    def error(self, table: TableFit, index_frac: int, frac: int) -> float:
+    def error(self, table: TableFit, index_frac: int, frac: int, scale: FloatArray | float = 1.0) -> float:
         """The largest distance between an entry and the function over the entry's cell.
 
         Args:
             table: entries of ``frac`` binary places. index_frac: binary places of an index.
+            scale: of every entry: distances are shares of it.
         """
         below, _, above = _cells(table.low, table.high, index_frac)
         smallest, largest = self.extremes(below, above)
         real = table.values * 2.0**-frac
-        error = max(float((real - smallest).max()), float((largest - real).max()))
-        return error + ROUNDING * max(1.0, float(np.abs(real).max()))
+        error = max(float(((real - smallest) / scale).max()), float(((largest - real) / scale).max()))
+        return error + ROUNDING * max(1.0, float(np.abs(real / scale).max()))
+
+    def sizes(self, low: int, high: int, index_frac: int, floor: float) -> FloatArray:
+        """Its magnitude at the indices low..high, or ``floor`` if that is more."""
+        _, middle, _ = _cells(low, high, index_frac)
+        sizes: FloatArray = np.maximum(np.abs(self.evaluate(middle)), floor)
+        return sizes
 
 
 def _silu(x: FloatArray) -> FloatArray:
@@ -93,6 +100,12 @@ ACTIVATIONS: dict[str, Curve] = {
     "algebraic_sigmoid": Curve(lambda x: 0.5 + 0.5 * x / (1 + np.abs(x))),
 }
 """The activations of float models, by their names there."""
+
+
+SIGMOID = Curve(lambda x: np.exp(-np.logaddexp(0.0, -x)))
+"""1 / (1 + e^-x)."""
+SOFTPLUS = Curve(lambda x: np.logaddexp(0.0, x))
+"""log(1 + e^x)."""
 
 
 def log_step(low: float = 0.0, high: float = 0.0) -> Curve:
@@ -204,6 +217,7 @@ def fit_piecewise(
     frac: int,
     limit: int,
     pieces: int,
+    scale: FloatArray | None = None,
 ) -> PiecewiseFit:
     """At most ``pieces`` straight lines near a function.
 
@@ -212,15 +226,17 @@ def fit_piecewise(
     computed, at every index.
 
     Args:
-        pieces: at least 1. The others are :func:`fit_table`'s.
+        pieces: at least 1. scale: of every index: near as shares of it; of ones if None. The others are
+            :func:`fit_table`'s.
     """
     _, middle, _ = _cells(low, high, index_frac)
     exact = curve.evaluate(middle)
+    scale = np.ones(len(exact)) if scale is None else scale
     # A slope is off by half its unit, over a piece by less than half a unit of the result.
     slope_frac = frac + len(exact).bit_length()
     places = slope_frac - frac
-    knots = _knots(exact, np.ones(len(exact)), pieces)
-    offset, slopes, total = _lines(exact, np.ones(len(exact)), knots, slope_frac)
+    knots = _knots(exact, scale, pieces)
+    offset, slopes, total = _lines(exact, scale, knots, slope_frac)
     values = np.clip((total + (1 << places >> 1)) >> places, -limit, limit)
     table = _measured(curve, TableFit(low, values, 0.0, len(knots)), index_frac, frac)
     return PiecewiseFit(

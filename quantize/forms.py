@@ -35,7 +35,14 @@ def lines_cells(pieces: int, sums: int = 1) -> int:
 
 
 def choose_form(
-    curve: Curve, low: int, high: int, index_frac: int, frac: int, limit: int, config: ConversionConfig
+    curve: Curve,
+    low: int,
+    high: int,
+    index_frac: int,
+    frac: int,
+    limit: int,
+    config: ConversionConfig,
+    floor: float = 0.0,
 ) -> TableFit | PiecewiseFit:
     """The cheapest form whose error exceeds that of the table by at most ``config.error_steps`` units of the
     result's last place, saturation aside. The table's own error is what rounding index and result costs.
@@ -46,20 +53,27 @@ def choose_form(
     Args:
         low, high, index_frac, frac, limit: as in ``quantize.fits.fit_table``.
         config: ``target``, ``pieces`` and ``error_steps`` decide.
+        floor: if positive, errors are shares of the function, or of this where it is less, and the form's may
+            be twice the table's: rounding the index costs a step size no less.
     """
     saturated = curve.saturated(limit * 2.0**-frac)
+    scale = curve.sizes(low, high, index_frac, floor) if floor > 0 else None
 
     def lines(pieces: int) -> PiecewiseFit:
-        return fit_piecewise(saturated, low, high, index_frac, frac, limit, pieces)
+        return fit_piecewise(saturated, low, high, index_frac, frac, limit, pieces, scale)
+
+    def error(table: TableFit) -> float:
+        return table.error if scale is None else saturated.error(table, index_frac, frac, scale)
 
     table = fit_table(saturated, low, high, index_frac, frac, limit)
     chosen: PiecewiseFit | None = None
     if config.pieces > 0:
         chosen = lines(config.pieces)
     elif config.pieces == AUTOMATIC and config.target == "circuit":
-        cells, tolerance = table_cells(high - low + 1), table.error + config.error_steps * 2.0**-frac
+        cells, own = table_cells(high - low + 1), error(table)
+        tolerance = own + config.error_steps * 2.0**-frac if scale is None else 2 * own
         cheaper = (lines(pieces) for pieces in range(1, MOST_PIECES + 1) if lines_cells(pieces) < cells)
-        chosen = next((fit for fit in cheaper if fit.table.error <= tolerance), None)
+        chosen = next((fit for fit in cheaper if error(fit.table) <= tolerance), None)
     if chosen is None:
         return dataclasses.replace(table, error=curve.error(table, index_frac, frac))
     exact = curve.error(chosen.table, index_frac, frac)

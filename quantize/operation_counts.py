@@ -9,6 +9,7 @@ from math import prod
 import numpy as np
 
 from mamba_int.graph import Graph, IntArray, Node, TensorType
+from mamba_int.operations.scan import ScanShape
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,19 @@ def _ssd_close(node: Node, Q: int, heads: int, P: int, state: int, carried: bool
     return beta + inflow + turn + Counts(adds=2, multiplies=2) * (heads * P * state)
 
 
+def _scan(node: Node, inputs: Sequence[TensorType], result: TensorType) -> Counts:
+    """Components of a state turned, entered, rounded and kept within their range, then read; D x."""
+    shape, length = ScanShape(node, inputs), result.shape[0]
+    turned = shape.turning
+    enter = Counts(1 + _aligned(node, "inflow_align"), 0, 1, 2) * prod(shape.state)
+    # The state before the first step is zero.
+    turn = Counts(adds=turned, multiplies=turned) * prod(shape.state)
+    terms = shape.components * shape.states
+    read = Counts(adds=terms - 1, multiplies=terms) * (4 * shape.groups * shape.channels)
+    skip = Counts(_aligned(node, "D_align"), 1, 1) * (shape.groups * shape.channels)
+    return (enter + read + skip) * length + turn * (length - 1)
+
+
 def _division(node: Node, inputs: Sequence[TensorType], result: TensorType) -> Counts:
     return Counts(divisions=prod(result.shape))
 
@@ -194,6 +208,7 @@ COUNTERS: dict[str, Callable[[Node, Sequence[TensorType], TensorType], Counts]] 
     "norm": _norm,
     "rotate": _rotate,
     "ssd": _ssd,
+    "scan": _scan,
     "isqrt": _division,
     "div": _division,
     "slice": _nothing,

@@ -38,6 +38,8 @@ SPREAD = 4
 _LOWEST = {"squareplus": -50.0, "algebraic_sigmoid": -math.inf}
 NORM_ROOM = 2
 """Binary orders of root mean squares beyond those seen, each way, that a norm still takes exactly."""
+STEADY_ROOM = 1
+"""The same of what does not grow from layer to layer."""
 LARGEST_INDEX_BITS = 14
 """Of an index that lines read without a clamp: a circuit looks it up, and the table of 2^16 rows holds it."""
 MERGED_PLACES = 2
@@ -227,14 +229,15 @@ class Pieces:
         """An activation of an index: see :meth:`curve`."""
         return self.curve(name, index, ACTIVATIONS[kind], frac, limit)
 
-    def curve(self, name: str, index: str, curve: Curve, frac: int, limit: int) -> str:
+    def curve(self, name: str, index: str, curve: Curve, frac: int, limit: int, floor: float = 0.0) -> str:
         """A function of an index, in the form that ``quantize.forms`` chooses.
 
         Args:
             index: node of :meth:`index`. frac: places of the result, which saturates at +-limit.
+            floor: see ``quantize.forms.choose_form``.
         """
         b, tensor, index_frac = self.graph, self.graph.types[index], self.graph.frac[index]
-        fit = choose_form(curve, tensor.low, tensor.high, index_frac, frac, limit, self.config)
+        fit = choose_form(curve, tensor.low, tensor.high, index_frac, frac, limit, self.config, floor)
         if isinstance(fit, TableFit):
             self.tables[name] = fit
             return b.add(name, "table", index, frac=frac, constants={"values": fit.values}, low=fit.low)
@@ -306,12 +309,21 @@ class Pieces:
         return decay, gain
 
     def norm(
-        self, name: str, source: str, eps: float, weight: FloatArray | None, form: WeightForm = "int8"
+        self,
+        name: str,
+        source: str,
+        eps: float,
+        weight: FloatArray | None,
+        form: WeightForm = "int8",
+        steady: bool = False,
     ) -> tuple[str, FloatArray]:
         """x over its root mean square times a scale, and that scale of every channel of the result.
 
         The scale fills the result's bits, which the matrix that reads it undoes. Channels that are small have
         whole places more. Where no matrix follows (``weight`` is None), it is a power of two.
+
+        Args:
+            steady: as of :meth:`over_root_mean_square`.
         """
         b, c = self.graph, self.config
         d = b.types[source].shape[-1]
@@ -323,17 +335,28 @@ class Pieces:
         whole = activation_scale(samples, limit, c.scales, c.percentile)
         places = math.floor(math.log2(whole))
         scale = whole * 2.0**-places if weight is not None else 1.0
-        product = self.over_root_mean_square(name, source, eps, scale, gains)
+        product = self.over_root_mean_square(name, source, eps, scale, gains, steady)
         normed = b.requantize(name, product, min(places, b.frac[product]), limit)
         scales = scale * np.exp2(gains)
         self.stands_for(normed, name, scales)
         return normed, scales
 
-    def over_root_mean_square(self, name: str, source: str, eps: float, scale: float, gains: IntArray) -> str:
+    def over_root_mean_square(
+        self,
+        name: str,
+        source: str,
+        eps: float,
+        scale: float,
+        gains: IntArray,
+        steady: bool = False,
+    ) -> str:
         """x times scale 2^gains over its root mean square.
 
         With S = 2^t (sum xs^2 + d eps), R = isqrt(S) and K = s sqrt(d) 2^(t/2 + kappa): x K / R is
         2^kappa s x / rms, for any t and kappa that keep R exact and K / R inside the budget, and for any s.
+
+        Args:
+            steady: no residual stream that may double: less room beyond what was seen, and more places.
         """
         self.stands_for(source, f"{name}.source")
         b, c = self.graph, self.config
@@ -342,10 +365,12 @@ class Pieces:
         square_limit = math.isqrt((1 << room) // (2 * d))
         seen = self.seen[f"{name}.source"].largest
         # Residuals may double, and what a square loses to saturation falsifies the whole vector.
+        growth, orders = (1, STEADY_ROOM) if steady else (2, NORM_ROOM)
         # Nor may eps exceed the budget where almost nothing was seen.
         finest = math.floor(math.log2((1 << (room - 2)) / (eps * d)) / 2)
-        square_frac = min(places_for(2 * seen, square_limit), b.frac[source], finest)
-        if c.target == "circuit" and b.frac[source] - square_frac <= MERGED_PLACES:
+        square_frac = min(places_for(growth * seen, square_limit), b.frac[source], finest)
+        wide = b.types[source].magnitude > max(c.internal_limit, c.residual_limit)
+        if c.target == "circuit" and (wide or b.frac[source] - square_frac <= MERGED_PLACES):
             # One rounding and one clamp instead of two.
             source = b.requantize(f"{name}_source", source, square_frac, square_limit)
         xs = b.requantize(f"{name}_xs", source, square_frac, square_limit)
@@ -356,9 +381,9 @@ class Pieces:
 
         mean = self.seen[f"{name}.square"]
         unit = d * 4.0**square_frac
-        highest = min(b.types[total].high, math.ceil(mean.high * unit * 4.0**NORM_ROOM) + offset)
+        highest = min(b.types[total].high, math.ceil(mean.high * unit * 4.0**orders) + offset)
         lower = max(0, highest.bit_length() + 1 - min(c.norm_bits, b.max_bits))
-        lowest = max(1, (math.floor(mean.low * unit / 4.0**NORM_ROOM) + offset) >> lower)
+        lowest = max(1, (math.floor(mean.low * unit / 4.0**orders) + offset) >> lower)
         total = b.shift(f"{name}_rounded", total, 2 * square_frac - lower)
         total = b.saturate(f"{name}_bounded", total, lowest, max(lowest, highest >> lower))
         t = room - b.types[total].high.bit_length()

@@ -9,6 +9,7 @@ from onnx import TensorProto
 
 from circuits.runtime.builder import Builder
 from circuits.runtime.clock import Clock
+from circuits.runtime.scan import scan, scan_step
 from circuits.runtime.ssd import ssd, ssd_step
 from mamba_int.graph import IntArray, Node
 from mamba_int.operations.choice import Table
@@ -230,6 +231,7 @@ LOWERINGS: dict[str, Lowering] = {
     "norm": _norm,
     "rotate": _rotate,
     "ssd": ssd,
+    "scan": scan,
     "isqrt": _isqrt,
     "div": _div,
     "slice": _slice,
@@ -238,5 +240,10 @@ LOWERINGS: dict[str, Lowering] = {
 }
 """One lowering for every operation of the integer graph, under its name."""
 
-STEP_LOWERINGS: dict[str, StepLowering] = {"conv": _conv_step, "rotate": _rotate_step, "ssd": ssd_step}
+STEP_LOWERINGS: dict[str, StepLowering] = {
+    "conv": _conv_step,
+    "rotate": _rotate_step,
+    "ssd": ssd_step,
+    "scan": scan_step,
+}
 """Of the operations whose step is more than a sequence of one."""

@@ -9,6 +9,7 @@ from mamba_int.operations.linear import Conv, Linear
 from mamba_int.operations.norm import Norm
 from mamba_int.operations.rotate import Rotate
 from mamba_int.operations.rounding import Clamp, Relu, Shift
+from mamba_int.operations.scan import Scan
 from mamba_int.operations.shape import Concat, Reduce, Slice
 from mamba_int.operations.ssd import Ssd
 
@@ -31,6 +32,7 @@ OPERATIONS: dict[str, Operation] = {
         Norm(),
         Rotate(),
         Ssd(),
+        Scan(),
         Isqrt(),
         Div(),
         Slice(),

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mamba_int.float_models.bit_shift_norm import BitShiftNorm
 from mamba_int.float_models.mixer import Mixer
-from mamba_int.float_models.models import RMSNorm
+from mamba_int.float_models.models import ResidualSum, RMSNorm
 from quantize.conversion_config import WeightForm
 from quantize.observations import Record, record_norm
 from quantize.parameters import array
@@ -18,9 +18,9 @@ from quantize.scales import FloatArray
 
 
 class Layer(NamedTuple):
-    """A mixer and the norm before it; ``norm`` is None for a mixer alone."""
+    """A mixer and the norm before it; ``norm`` is None for a mixer alone, a sum where there is no norm."""
 
-    norm: RMSNorm | BitShiftNorm | None
+    norm: RMSNorm | BitShiftNorm | ResidualSum | None
     mixer: Mixer
 
     @property
@@ -32,6 +32,8 @@ class Layer(NamedTuple):
 def record_entrance(record: Record, name: str, layer: Layer, residual: Tensor) -> Tensor:
     """What the mixer of the layer ``name`` reads of the stream [batch, T, d_model]."""
     if not isinstance(layer.norm, RMSNorm):
+        if layer.norm is not None:
+            record(f"{name}.norm.source", residual)
         record(f"{name}.norm", residual)
         return residual
     return record_norm(record, f"{name}.norm", residual, layer.norm.eps) * layer.norm.weight
@@ -55,6 +57,8 @@ def enter(
         weight = weight * array(layer.norm.weight)
         normed, scales = p.norm(at, residual, layer.norm.eps, weight, form)
         return normed, weight, scales
+    if layer.norm is not None:
+        p.stands_for(residual, f"{at}.source")
     b, limit = p.graph, p.config.activation_limit
     frac = min(p.places(p.seen[at], limit), b.frac[residual])
     return b.requantize(at, residual, frac, limit), weight, np.ones(weight.shape[1])

@@ -7,10 +7,14 @@ from quantize.blocks.block import BlockConversion
 from quantize.blocks.mamba import MambaConversion
 from quantize.blocks.mamba2 import Mamba2Conversion
 from quantize.blocks.mamba_integer import MambaIntegerV1Conversion, MambaIntegerV2Conversion
+from quantize.blocks.quaternion import QuaternionConversion
 
 BLOCKS: dict[str, BlockConversion] = {
     "mamba": MambaConversion(),
     "mamba2": Mamba2Conversion(),
+    **dict.fromkeys(
+        ("quaternion", "quaternion_lite", "quaternion_full", "quaternion_full_lite"), QuaternionConversion()
+    ),
     "mamba_integer_v1": MambaIntegerV1Conversion(),
     "mamba_integer_v2": MambaIntegerV2Conversion(),
 }

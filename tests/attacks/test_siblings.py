@@ -138,6 +138,15 @@ CHANGES: dict[str, tuple[Graph, Callable[[Graph], Graph]]] = {
         GRAPHS["ssd_one_chunk"](),
         lambda g: other_attributes(g, "y_acc", G_limit=28),
     ),
+    "scan: one skip connection": (
+        GRAPHS["scan_complex"](),
+        lambda g: other_value(g, "y_acc", "D", (1,), 5),
+    ),
+    "scan: limit of the states": (GRAPHS["scan_real"](), lambda g: other_attributes(g, "y_acc", H_limit=30)),
+    "scan: q and B exchanged": (
+        GRAPHS["scan_quaternion"](),
+        lambda g: other_inputs(g, "y_acc", "x", "B", "q", "C"),
+    ),
     "isqrt: of a larger square": (
         GRAPHS["isqrt"](),
         lambda g: other_value(g, "square4", "value", (), 49),
@@ -230,6 +239,8 @@ CLAIMED_SIBLINGS = [
     "conv: taps permuted",
     "ssd: one skip connection",
     "ssd: rotation of the carried state",
+    "scan: one skip connection",
+    "scan: q and B exchanged",
 ]
 """Those whose products are also tried as claims at a random point."""
 

@@ -113,6 +113,23 @@ def _ssd(T: int, Q: int, rotated: bool = True) -> Graph:
     return chain(*nodes, T=T, C=sum(cuts.values()), low=-15, high=15)
 
 
+def _scan(turning: int, components: int, groups: int = 1, T: int = 3, D: int = -2) -> Graph:
+    """x, q, B, C sliced from the input; q reaches beyond one, so that states saturate."""
+    P, N = 2, 2 if groups == 1 else 1
+    modes = groups * N
+    cuts = {"x": groups * P, "q": turning * modes, "B": components * modes, "C": 4 * modes}
+    nodes, start = [], 0
+    for name, width in cuts.items():
+        nodes.append(node(name, "slice", "input", start=start, stop=start + width))
+        start += width
+    scales = {"groups": groups, "q_bits": 3, "inflow_align": 2, "H_limit": 31, "D_align": 3}
+    constants = {"D": np.arange(groups * P) + D}
+    nodes.append(node("y_acc", "scan", "x", "q", "B", "C", constants=constants, **scales))
+    nodes.append(node("y_wide", "shift", "y_acc", places=5))
+    nodes.append(node("y", "clamp", "y_wide", low=-31, high=31, saturation=True))
+    return chain(*nodes, T=T, C=start, low=-9, high=9)
+
+
 def _angles(period: int, half: int, frac: int, form: str) -> dict[str, Array]:
     angle = -np.arange(period)[:, None] * np.linspace(0.3, 1.3, half)
     one = 1 << frac
@@ -317,6 +334,11 @@ GRAPHS: dict[str, Callable[[], Graph]] = {
     "ssd_carried": lambda: _ssd(5, 2),
     "ssd_carried_whole_chunks": lambda: _ssd(6, 2),
     "ssd_chunk_of_one": lambda: _ssd(3, 1, rotated=False),
+    "scan_real": lambda: _scan(1, 1),
+    "scan_real_of_quaternions": lambda: _scan(1, 4, T=2),
+    "scan_complex": lambda: _scan(2, 4, groups=2),
+    "scan_quaternion": lambda: _scan(4, 4),
+    "scan_one_step": lambda: _scan(4, 4, T=1, D=0),
     "isqrt": _squareplus,
     "div": _algebraic,
     "slice": lambda: chain(node("s", "slice", "input", start=1, stop=3), T=3),

@@ -507,7 +507,7 @@ def test_replayed_steps_equal_eager_ones_on_the_device(chunk_size: int) -> None:
 # -- converted float models -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["language", "language_odd", "mamba_language"])
+@pytest.mark.parametrize("name", ["language", "language_odd", "mamba_language", "quaternion_lite"])
 def test_a_converted_float_model_decodes_to_every_integer_of_its_whole_run(name: str) -> None:
     conversion, *_, tokens = converted(name, ConversionConfig(chunk_size=5))
     graph, inputs = conversion.graph, tokens[:3]

@@ -16,6 +16,7 @@ from mamba_int.graph import Graph, IntArray, Node, TensorType
 from mamba_int.native import build_nodes
 from mamba_int.operations import OPERATIONS
 from mamba_int.operations.norm import Norm
+from mamba_int.operations.scan import Scan, ScanShape, product_terms
 from mamba_int.operations.ssd import SsdBounds, ssd_bounds
 from tests.circuits.conftest import GRAPHS
 from tests.circuits_runtime.models import SMALL, MambaIntConfig, frozen_model
@@ -90,6 +91,30 @@ def check_scan(graph: Graph, ssd: Node, trace: Trace) -> int:
     return max(largest(A[..., :-1] * chunked(n).max()), *shifts)
 
 
+def check_states(entry: Node, operands: list[IntArray], trace: Trace) -> int:
+    """Recompute the accumulators of quaternion states; the largest of them."""
+    shape = ScanShape(entry, operands)
+    x, q, B, C = (np.abs(plane) for plane in Scan.planes(shape, operands))
+    H = np.abs(trace[f"{entry.name}.H"])
+    assert largest(H) <= entry.integer("H_limit")
+    before = np.concatenate([np.zeros_like(H[:, :1]), H[:, :-1]], 1)
+    entering = (B[:, :, :, :, None] * x[:, :, None, :, :, None]) << entry.integer("inflow_align")
+    D = np.abs(entry.constants["D"]).reshape(x.shape[-2:])
+    found = [0]
+    for m in range(shape.components):
+        turned = sum(
+            q[:, :, i, :, None] * before[:, :, j]
+            for i, j, _ in product_terms(m, shape.turning, shape.components)
+        )
+        found.append(largest(turned + entering[:, :, m]) + (1 << entry.integer("q_bits") >> 1))
+    for m in range(4):
+        read = sum(
+            (C[:, :, i, :, None] * H[:, :, j]).sum(-1) for i, j, _ in product_terms(m, 4, shape.components)
+        )
+        found.append(largest(read + (x * D << entry.integer("D_align") if m == 0 else 0)))
+    return max(found)
+
+
 def accumulator(graph: Graph, entry: Node, trace: Trace) -> int:
     """Largest intermediate that really occurs in a node: sums of |terms|, values before a shift."""
     operands = [trace[name] for name in entry.inputs]
@@ -114,6 +139,8 @@ def accumulator(graph: Graph, entry: Node, trace: Trace) -> int:
         return max(largest(trace[f"{entry.name}.squares"]), scaled)
     if entry.op == "ssd":
         return check_scan(graph, entry, trace)
+    if entry.op == "scan":
+        return check_states(entry, operands, trace)
     return max((largest(value) for value in operands), default=0)
 
 

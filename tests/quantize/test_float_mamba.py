@@ -58,6 +58,14 @@ FORMS: dict[str, dict[str, Any]] = {
     "mamba_normed": {"mixer": "mamba", "n_features": 3, "d_state": 2, "BCdt_norm": True, "dt_rank": 3},
     "mamba_language": {"mixer": "mamba", "language": True, "length": 19, "bias": True, "conv_bias": False},
     "language": {"language": True, "length": 21},
+    "quaternion": {"mixer": "quaternion", "n_features": 3, "n_groups": 2, "bias": True, "pooling": "max"},
+    "quaternion_selective": {"mixer": "quaternion", "n_features": 3, "selective_axis": True},
+    "quaternion_lite": {"mixer": "quaternion_lite", "language": True, "n_groups": 3, "d_state": 3},
+    "quaternion_full_lite": {"mixer": "quaternion_full_lite", "n_features": 3, "d_state": 1, "norm": "none"}
+    | {"final_norm": "layer", "pooling": "max"},
+    "quaternion_source": {"mixer": "quaternion_full", "language": True, "d_state": 2, "norm": "none"}
+    | {"final_norm": "layer"},
+    "quaternion_features": {"mixer": "quaternion", "n_features": 3, "features": True, "final_norm": "layer"},
     "features": {"n_features": 3, "features": True, "length": 17},
     "mixer_alone": {"mixer_alone": True, "length": 17},
     "mamba_mixer_alone": {"mixer_alone": True, "mixer": "mamba", "length": 9},
@@ -93,7 +101,7 @@ def random_model(name: str, seed: int = 0) -> tuple[Convertible, torch.Tensor, I
             if "norm" in key or key.endswith(".D"):
                 # Some negative: a maximum of them is no maximum of what they weigh.
                 parameter.mul_((torch.rand_like(parameter) + 0.5) * (torch.rand_like(parameter) - 0.2).sign())
-            elif key.endswith("bias"):
+            if key.endswith(("bias", "beta")):
                 parameter.add_(0.1 * torch.randn_like(parameter))
     if input_features(model):
         integers = torch.randint(FORMAT.low, FORMAT.high + 1, (24, length, input_features(model)))
@@ -138,7 +146,10 @@ def test_the_traced_forward_is_the_models_own(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "config"),
-    [*((name, ConversionConfig()) for name in FORMS), ("last", PROVABLE), ("mamba_last", PROVABLE)],
+    [
+        *((name, ConversionConfig()) for name in FORMS),
+        *((name, PROVABLE) for name in ("last", "mamba_last", "quaternion_selective")),
+    ],
 )
 def test_backends_compute_the_same_integers_of_a_converted_model(name: str, config: ConversionConfig) -> None:
     conversion, *_, integers = converted(name, config)
@@ -173,6 +184,9 @@ def test_the_provable_bits_hold_24_and_still_follow_the_model() -> None:
         ({}, {"pieces": 0, "index_bits": 4, "decay_index_bits": 4}),
         ({"n_groups": 2, "d_state": 1, "headdim": 2, "pooling": "max"}, {}),
         ({"mixer": "mamba", "d_state": 1, "BCdt_norm": True}, {}),
+        ({"mixer": "quaternion", "pooling": "max"}, {}),
+        ({"mixer": "quaternion", "selective_axis": True, "d_state": 1}, {}),
+        ({"mixer": "quaternion_full_lite", "d_state": 1, "norm": "none", "final_norm": "layer"}, {}),
     ],
 )
 def test_the_circuit_accepts_a_converted_models_witness_and_no_other_class(

@@ -31,6 +31,8 @@ from tests.quantize.importers.test_against_libraries import (
     scrambled,
 )
 from tests.quantize.importers.test_mamba_integer import tensors_of
+from tests.quantize.importers.test_quaternion import checkpoint as quaternion_checkpoint
+from tests.quantize.importers.test_quaternion import saved as quaternion_saved
 from tests.quantize.test_mamba_integer import model_of
 
 FORMAT = InputFormat(-64, 64, 5)
@@ -122,6 +124,13 @@ def mamba_integer(version: str) -> Callable[[Path], Path]:
     return write
 
 
+def quaternion(lite: bool) -> Callable[[Path], Path]:
+    def write(folder: Path) -> Path:
+        return quaternion_saved(folder / "checkpoint.pt", quaternion_checkpoint(lite))
+
+    return write
+
+
 def ours(folder: Path) -> Path:
     config = MambaConfig(
         mixer="mamba2", n_features=3, d_model=8, n_layer=2, d_state=4, headdim=4, num_labels=4
@@ -144,6 +153,8 @@ SOURCES: dict[str, tuple[str, Callable[[Path], Path]]] = {
     "Mamba-Integer V2": ("mamba-integer", mamba_integer("mamba_integer_v2")),
     "Capibara": ("capibara", capibara(as_attributes)),
     "Capibara, Flax": ("capibara", capibara(as_flax("params/mamba_0/"))),
+    "Quaternion Mamba-2": ("quaternion", quaternion(False)),
+    "Quaternion Mamba-2, lite": ("quaternion", quaternion(True)),
     "mambaint": ("mambaint", ours),
 }
 """Format and writer of a small checkpoint of every source."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -40,6 +40,19 @@ from circuits.gadgets.values import (
     clamp_from_zero,
 )
 from circuits.polynomials import SQUARE, PolynomialCells
+from circuits.segment import (
+    CHAIN,
+    CHAIN_BITS,
+    CHAIN_VALUES,
+    PLACE,
+    STATE_IN,
+    STATE_OUT,
+    Carried,
+    Segment,
+    check_steps,
+    reduction,
+    types_of,
+)
 from mamba_int.errors import MambaintError
 from mamba_int.graph import Graph, Node, TensorType
 from mamba_int.operations.choice import Table
@@ -73,9 +86,11 @@ class _Relu(Value):
 class _Lowering:
     """Walks the graph from its output: a tensor that nothing asks for makes no cells."""
 
-    def __init__(self, graph: Graph, cells: Cells) -> None:
+    def __init__(self, graph: Graph, cells: Cells, segment: Segment | None = None) -> None:
         self.graph = graph
         self.cells = cells
+        self.types = graph.types if segment is None else types_of(graph, segment)
+        self.carried = None if segment is None else Carried(cells)
         self.made: dict[str, Value] = {}
 
     def value(self, name: str) -> Value:
@@ -83,7 +98,7 @@ class _Lowering:
         if name not in self.made:
             for node in self.graph.nodes:
                 if node.name not in self.made:
-                    self.made[node.name] = GADGETS[node.op](self, node, self.graph.types[node.name])
+                    self.made[node.name] = GADGETS[node.op](self, node, self.types[node.name])
                 if node.name == name:
                     break
         return self.made[name]
@@ -124,7 +139,7 @@ def _linear(low: _Lowering, node: Node, tensor: TensorType) -> Value:
 
 
 def _conv(low: _Lowering, node: Node, tensor: TensorType) -> Value:
-    return conv(low.operands(node)[0], node, tensor)
+    return conv(low.operands(node)[0], node, tensor, low.carried)
 
 
 def _terms(value: Value) -> list[tuple[Ids, int]]:
@@ -217,7 +232,7 @@ def _rotate(low: _Lowering, node: Node, tensor: TensorType) -> Value:
 
 
 def _ssd(low: _Lowering, node: Node, tensor: TensorType) -> Value:
-    return ssd(low.operands(node), node, tensor)
+    return ssd(low.operands(node), node, tensor, low.carried)
 
 
 def _isqrt(low: _Lowering, node: Node, tensor: TensorType) -> Value:
@@ -243,19 +258,28 @@ def _concat(low: _Lowering, node: Node, tensor: TensorType) -> Value:
 
 
 def _reduce(low: _Lowering, node: Node, tensor: TensorType) -> Value:
-    (source,), b = low.operands(node), low.cells
-    if node.attributes["kind"] == "last":
+    (source,), b, kind = low.operands(node), low.cells, str(node.attributes["kind"])
+    if kind == "last":
         return Computed(b, node.name, tensor, lambda: source.cells()[-1])
-    if node.attributes["kind"] == "max":
-        return Computed(b, node.name, tensor, lambda: _largest(b, source.cells(), tensor))
+    # Of the steps before a segment: their sum, or the largest so far.
+    before: list[Ids] = []
+    if low.carried is not None:
+        first = source.type.low if kind == "max" else 0
+        low_end, high_end = min(tensor.low, first), max(tensor.high, first)
+        before = [low.carried.enter(f"{node.name}:{kind}", tensor.shape, low_end, high_end, first)]
 
     def terms() -> list[tuple[Ids, int]]:
-        return [(ids[t], c) for ids, c in _terms(source) for t in range(len(ids))]
+        return [(ids[t], c) for ids, c in _terms(source) for t in range(len(ids))] + [(s, 1) for s in before]
 
-    return Combination(b, node.name, tensor, terms)
+    value: Value = Combination(b, node.name, tensor, terms)
+    if kind == "max":
+        value = Computed(b, node.name, tensor, lambda: _largest(b, [*before, *source.cells()], tensor))
+    if low.carried is not None:
+        low.carried.leave(f"{node.name}:{kind}", value.cells)
+    return value
 
 
-def _largest(b: Cells, steps: Ids, tensor: TensorType) -> Ids:
+def _largest(b: Cells, steps: Sequence[Ids], tensor: TensorType) -> Ids:
     """max over the first axis, step by step: max(m, x) = m + max(x - m, 0), which stays within x's interval.
 
     Nothing in it is private: the lookups compute it, and prove the differences in the table.
@@ -303,12 +327,14 @@ class LoweredCircuit:
         cells: the constraint graph.
         outputs: its public cells, by name.
         tensors: cells of the graph's tensors that became cells as such, by node name.
+        carried: of a segment: the state that enters and leaves.
     """
 
     circuit: Circuit
     cells: Cells
     outputs: Mapping[str, Ids]
     tensors: Mapping[str, Ids]
+    carried: Carried | None = None
 
     @property
     def cost(self) -> dict[str, Counter[str]]:
@@ -320,6 +346,7 @@ class LoweredCircuit:
         inputs: NDArray[np.int64],
         lies: Mapping[str, Callable[[Values], Values]] | None = None,
         trace: dict[str, Values] | None = None,
+        given: Mapping[str, NDArray[np.int64]] | None = None,
     ) -> Witness:
         """All private and public values of one inference.
 
@@ -327,8 +354,9 @@ class LoweredCircuit:
             inputs: the model input without batch axis.
             lies: private tensor -> what a lying prover makes of its honest values (tests).
             trace: if given, receives the value of every graph tensor that has cells of its own.
+            given: of a segment: the parts of the state that enter, and ``place``.
         """
-        values = self.cells.evaluate({MODEL_INPUT: inputs}, lies)
+        values = self.cells.evaluate({MODEL_INPUT: inputs, **(given or {})}, lies)
         if trace is not None:
             trace.update({name: values.get(ids) for name, ids in self.tensors.items()})
         firsts = {base.name: base for base in self.cells.bases if base.op == "private"}
@@ -382,6 +410,7 @@ def lower(
     challenged: bool = False,
     commit_input: bool = False,
     lookups: bool = True,
+    segment: Segment | None = None,
 ) -> LoweredCircuit:
     """Build the circuit for one number of rows.
 
@@ -389,12 +418,15 @@ def lower(
         CircuitTooNarrow: if some quotient does not fit the lookup table, or a private tensor no column.
     """
     cells = Cells(logrows, challenged) if lookups else PolynomialCells(challenged)
-    lowering = _Lowering(graph, cells)
-    logits = lowering.value(graph.output).cells()
+    lowering = _Lowering(graph, cells, segment)
     outputs: dict[str, Ids] = {}
-    if public_input:
-        outputs["input"] = lowering.value(graph.input.name).cells().ravel()
-    outputs["logits"] = logits.ravel()
+    if segment is None:
+        logits = lowering.value(graph.output).cells()
+        if public_input:
+            outputs["input"] = lowering.value(graph.input.name).cells().ravel()
+        outputs["logits"] = logits.ravel()
+    else:
+        outputs |= _segment_outputs(lowering, segment, public_input)
     # Closing may make a claim itself.
     residues = cells.close()
     if cells.claims:
@@ -418,7 +450,27 @@ def lower(
         lookups=lookups,
     )
     tensors = {name: value._cells for name, value in lowering.made.items() if value._cells is not None}
-    return LoweredCircuit(circuit, cells, outputs, tensors)
+    return LoweredCircuit(circuit, cells, outputs, tensors, lowering.carried)
+
+
+def _segment_outputs(lowering: _Lowering, segment: Segment, public_input: bool) -> dict[str, Ids]:
+    """The public cells of a segment: its place in its chain, the states on both sides, what it computes."""
+    graph, carried, outputs = lowering.graph, lowering.carried, {}
+    assert carried is not None
+    ends = reduction(graph)
+    last = graph.output if ends is None or segment.head else ends.name
+    value = lowering.value(last)
+    logits = value.cells() if last == graph.output else None
+    if public_input:
+        outputs["input"] = lowering.value(graph.input.name).cells().ravel()
+    # Nothing reads these cells: that they are among the public values binds the proof to them.
+    outputs[CHAIN] = lowering.cells.private(PLACE, (CHAIN_VALUES,), 0, 1 << CHAIN_BITS, _given)
+    outputs[STATE_IN] = carried.entered()
+    if not segment.head:
+        outputs[STATE_OUT] = carried.left()
+    if logits is not None:
+        outputs["logits"] = logits.ravel()
+    return outputs
 
 
 def build_circuit(
@@ -428,6 +480,7 @@ def build_circuit(
     challenged: bool | None = None,
     commit_input: bool = False,
     lookups: bool = True,
+    segment: Segment | None = None,
 ) -> LoweredCircuit:
     """Build the circuit of a graph with the fewest rows (a power of two) that hold it.
 
@@ -439,10 +492,13 @@ def build_circuit(
             costs a column.
         commit_input: commit to the model input alone, so that two proofs can be shown to share it.
         lookups: check ranges by a lookup table, or else by polynomial constraints alone.
+        segment: prove this stretch of a sequence instead of ``graph.seq_len`` steps from the first.
 
     Raises:
-        MambaintError: if no allowed number of rows holds the circuit.
+        MambaintError: if the stretch cannot be cut, or no allowed number of rows holds the circuit.
     """
+    if segment is not None:
+        check_steps(graph, segment)
     reason = ""
     forms = [False, True] if challenged is None else [challenged]
     # A form that is too long for 2^k rows is not tried again before 2^k holds what it needed.
@@ -452,7 +508,7 @@ def build_circuit(
             if not logrows and k < smallest[form]:
                 continue
             try:
-                lowered = lower(graph, k, public_input, form, commit_input, lookups)
+                lowered = lower(graph, k, public_input, form, commit_input, lookups, segment)
             except CircuitTooNarrow as narrow:
                 reason = f"{narrow}, beyond the lookup table"
                 continue

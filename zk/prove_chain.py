@@ -1,0 +1,367 @@
+"""Proving a sequence as a chain of segments with one key pair, and at most one more for its end.
+
+Segments are independent jobs once their states are known, and those cost no proof: the witnesses are computed
+first, one after the other. A finished segment is written to the chain's folder at once; a run that was killed
+goes on from what it finds there, after checking it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from circuits.circuit import Witness
+from circuits.lowering import LoweredCircuit, build_circuit
+from circuits.segment import CHAIN_BITS, PLACE, STATE_IN, STATE_OUT, Segment, initial_state, named_state, reduction
+from mamba_int.errors import MambaintError
+from mamba_int.files import canonical_json, parse_json, read_bytes, write_bytes
+from mamba_int.graph import Graph, IntArray
+from mamba_int.interpreter import evaluate
+from zk.chain_package import ChainPackage, decode_chain_package
+from zk.chain_proof import ChainProof, SegmentProof
+from zk.jobs import pack_circuit, pack_witness
+from zk.keys import Keys, job_timeout, make_keys
+from zk.package import Package, decode_package
+from zk.process import run_job
+from zk.proof import InvalidProof, decode_numbers, decode_proof_bytes
+from zk.provable import statement
+from zk.srs import ceremony_srs, development_srs
+from zk.verify_chain import check_chain, check_one
+
+FORMAT = "mambaint-chain-folder"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class SegmentCircuit:
+    """One of a chain's circuits with its keys."""
+
+    lowered: LoweredCircuit
+    keys: Keys
+    package: Package
+
+
+@dataclass(frozen=True)
+class ProvableChain:
+    """A model with the circuits of its segments.
+
+    Attributes:
+        graph: the integer graph.
+        steps: of a segment.
+        segment: the circuit of every segment, or of every one but the last.
+        head: the circuit of the last; None where it is like the others.
+        package: bytes of the verifier package.
+    """
+
+    graph: Graph
+    steps: int
+    segment: SegmentCircuit
+    head: SegmentCircuit | None
+    package: bytes
+
+    @property
+    def first_state(self) -> IntArray:
+        """The state before the first step, flat."""
+        carried = self.segment.lowered.carried
+        assert carried is not None
+        return initial_state(carried.shapes, carried.first)
+
+
+@dataclass(frozen=True)
+class ChainResult:
+    """A chain that passed its own check.
+
+    Attributes:
+        file: the bytes of ``proof.json``.
+        segments: how many there are. proved: how many of them were proved now, rather than found.
+        prove_seconds: of the proofs made now, in sum. wall_seconds: until all were there.
+        peak_bytes: largest memory of one proving process.
+        public: as in the verdict.
+    """
+
+    file: bytes
+    segments: int
+    proved: int
+    prove_seconds: float
+    wall_seconds: float
+    peak_bytes: int
+    public: dict[str, list[int]]
+
+
+def prepare_chain(
+    graph: Graph,
+    steps: int,
+    public_input: bool = False,
+    logrows: int | None = None,
+    srs_path: Path | None = None,
+    srs_sha256: str | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> ProvableChain:
+    """Build the circuits of a chain, and get their keys: from the cache, or made now.
+
+    Args:
+        graph: the model.
+        steps: of a segment; for a model that ends in a sum or maximum over time, a part of ``graph.seq_len``.
+        public_input: show the input in proofs.
+        logrows: make circuits of 2^logrows rows; None for the fewest that hold each.
+        srs_path, srs_sha256: SRS of a ceremony and its hash; None for one made here.
+        say: told what is being done.
+
+    Raises:
+        MambaintError: for a length that cannot be, and any fault of lowering, the SRS and key generation.
+    """
+    ended = reduction(graph) is not None
+    if ended and (graph.seq_len % steps or graph.seq_len == steps):
+        raise MambaintError(
+            f"segments of {steps} steps do not make up the {graph.seq_len} steps of the model",
+            f"choose a smaller divisor of {graph.seq_len}",
+        )
+    stated = statement(graph, public_input, False, "table") | {
+        "segment_steps": steps,
+        "logits_of_every_step": graph.types[graph.output].shape[:1] == (graph.seq_len,) and not ended,
+    }
+
+    def made(segment: Segment) -> SegmentCircuit:
+        say(f"building the circuit of {'the last segment' if segment.head else 'a segment'}")
+        lowered = build_circuit(graph, public_input, logrows, segment=segment)
+        k = lowered.circuit.logrows
+        if srs_path is not None and srs_sha256 is not None:
+            srs = ceremony_srs(srs_path, srs_sha256, k)
+        else:
+            srs = development_srs(k)
+        assert lowered.carried is not None
+        first = initial_state(lowered.carried.shapes, lowered.carried.first)
+        low, features = graph.input.integer("low"), graph.input.integer("features")
+        sample = np.full((steps, features) if features else (steps,), low, np.int64)
+        say(f"keys for {lowered.circuit.rows:,} rows of 2^{k} (made once)")
+        witness = segment_witness(lowered, sample, first, (0, 0, 0))
+        keys = make_keys(lowered.circuit, witness, srs)
+        return SegmentCircuit(lowered, keys, keys.package(stated))
+
+    body = made(Segment(steps))
+    head = made(Segment(steps, head=True)) if ended else None
+    carried = body.lowered.carried
+    assert carried is not None
+    package = ChainPackage(
+        segment=body.package,
+        head=None if head is None else head.package,
+        segment_steps=steps,
+        total_steps=graph.seq_len if ended else 0,
+        first_state=tuple(int(v) for v in initial_state(carried.shapes, carried.first)),
+    )
+    return ProvableChain(graph, steps, body, head, package.encode())
+
+
+def segment_witness(
+    lowered: LoweredCircuit, inputs: IntArray, state: IntArray, place: tuple[int, int, int]
+) -> Witness:
+    """The witness of one segment.
+
+    Args:
+        lowered: its circuit.
+        inputs: its steps.
+        state: before it, flat.
+        place: the number of the chain, the position, and of the last segment its steps, else 0.
+    """
+    assert lowered.carried is not None
+    given = named_state(lowered.carried.shapes, state) | {PLACE: np.array(place, dtype=object)}
+    return lowered.witness(inputs, given=given)
+
+
+def witnesses_of(
+    chain: ProvableChain, inputs: IntArray, number: int
+) -> list[tuple[SegmentCircuit, Witness]]:
+    """The witnesses of all segments of a sequence, checked against the interpreter.
+
+    Args:
+        chain: the circuits. inputs: int64 [T, ...]. number: of the chain.
+
+    Raises:
+        MambaintError: if the length does not fit, or the circuits compute other integers than the
+            specification: an internal fault.
+    """
+    length, steps = len(inputs), chain.steps
+    if chain.head is not None and length != chain.graph.seq_len:
+        raise MambaintError(
+            f"the input has {length} steps, the model takes {chain.graph.seq_len}", "give that many"
+        )
+    count = -(-length // steps)
+    padding = np.full((count * steps - length, *inputs.shape[1:]), chain.graph.input.integer("low"), np.int64)
+    padded = np.concatenate([inputs, padding])
+    state, found = chain.first_state, []
+    for i in range(count):
+        last = i == count - 1
+        circuit = chain.head if last and chain.head is not None else chain.segment
+        place = number, i, length - i * steps if last else 0
+        witness = segment_witness(circuit.lowered, padded[i * steps : (i + 1) * steps], state, place)
+        found.append((circuit, witness))
+        if STATE_OUT in witness.public:
+            state = np.array(witness.public[STATE_OUT], np.int64)
+    _check_logits(chain, padded, found)
+    return found
+
+
+def _check_logits(
+    chain: ProvableChain, padded: IntArray, found: list[tuple[SegmentCircuit, Witness]]
+) -> None:
+    wanted = evaluate(chain.graph, padded[None])[0].ravel().tolist()
+    shown = [v for _, witness in found for v in witness.public.get("logits", [])]
+    if shown[-len(wanted) :] != wanted:
+        raise MambaintError(
+            "the circuits and the interpreter disagree on this input",
+            "report this with the model and the input",
+        )
+
+
+def prove_chain(
+    chain: ProvableChain,
+    inputs: IntArray,
+    folder: Path,
+    workers: int = 1,
+    tell: Callable[[int, int], None] = lambda done, total: None,
+    timeout: float | None = None,
+) -> ChainResult:
+    """Prove a sequence as a chain, or go on with one that was begun, and verify it.
+
+    Args:
+        chain: the circuits.
+        inputs: int64 [T, ...]; private values never leave this machine.
+        folder: keeps finished segments, and the number of the chain.
+        workers: segments that are proved at a time.
+        tell: told how many segments are done, of how many.
+        timeout: seconds before giving a segment up.
+
+    Raises:
+        MambaintError: if the folder holds another chain, or a segment cannot be proved.
+    """
+    package, digest = decode_chain_package(chain.package, "made here"), hashlib.sha256(chain.package).hexdigest()
+    number = _number(folder, digest, inputs)
+    work = witnesses_of(chain, inputs, number)
+    started = time.perf_counter()
+    answers: dict[int, dict[str, Any]] = {}
+    done: dict[int, SegmentProof] = {}
+
+    def place(i: int) -> tuple[int, int, int]:
+        return number, i, len(inputs) - i * chain.steps if i == len(work) - 1 else 0
+
+    def one(i: int) -> None:
+        circuit, witness = work[i]
+        path = folder / f"segment-{i:06}.json"
+        found = _finished(path, circuit, witness, place(i))
+        if found is None:
+            answers[i] = _prove(circuit, witness, timeout)
+            found = _segment_proof(witness, bytes.fromhex(answers[i]["proof"]))
+            write_bytes(path, _encoded(found))
+        done[i] = found
+
+    with ThreadPoolExecutor(workers) as pool:
+        jobs = [pool.submit(one, i) for i in range(len(work))]
+        try:
+            for job in as_completed(jobs):
+                job.result()
+                tell(len(done), len(work))
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+    wall = time.perf_counter() - started
+    segments = tuple(done[i] for i in range(len(work)))
+    proof = ChainProof(package.model_id, digest, number, len(inputs), segments).encode()
+    verdict = check_chain(proof, package, digest)
+    if not verdict.valid:
+        raise MambaintError(
+            f"the finished chain is not valid and was discarded: {verdict.reason}",
+            f"delete the folder {folder}, and prove again",
+        )
+    return ChainResult(
+        file=proof,
+        segments=len(segments),
+        proved=len(answers),
+        prove_seconds=sum(answer["prove_seconds"] for answer in answers.values()),
+        wall_seconds=wall,
+        peak_bytes=max((answer["peak_bytes"] for answer in answers.values()), default=0),
+        public=verdict.public,
+    )
+
+
+def _prove(circuit: SegmentCircuit, witness: Witness, timeout: float | None) -> dict[str, Any]:
+    lowered, keys = circuit.lowered.circuit, circuit.keys
+    job = {
+        "witness": pack_witness(lowered, witness),
+        "circuit": {**pack_circuit(lowered), "circuit_id": keys.circuit_id},
+        "keys": str(keys.folder),
+        "srs": str(keys.srs.path),
+    }
+    limit = job_timeout(lowered.logrows) if timeout is None else timeout
+    return run_job("prove", job, what="proving", timeout=limit)
+
+
+def _segment_proof(witness: Witness, proof: bytes) -> SegmentProof:
+    shown = {name: witness.public[name] for name in ("input", "logits") if name in witness.public}
+    return SegmentProof(shown, tuple(witness.public.get(STATE_OUT, [])), proof)
+
+
+def _encoded(segment: SegmentProof) -> bytes:
+    content = {"public": segment.public, "state": list(segment.state), "proof": segment.proof.hex()}
+    return canonical_json(content)
+
+
+def _finished(
+    path: Path, circuit: SegmentCircuit, witness: Witness, place: tuple[int, int, int]
+) -> SegmentProof | None:
+    """A segment that an earlier run has proved; None if there is none, or it is not what it has to be."""
+    if not path.exists():
+        return None
+    try:
+        content = parse_json(read_bytes(path, ""), str(path))
+        proof = decode_proof_bytes(content["proof"])
+        found = SegmentProof(
+            {name: decode_numbers(values, name) for name, values in content["public"].items()},
+            tuple(decode_numbers(content["state"], "a state")),
+            proof,
+        )
+        if found != _segment_proof(witness, proof):
+            return None
+        trusted = decode_package(circuit.package.encode(), "made here")
+        check_one(found, place, tuple(witness.public[STATE_IN]), trusted)
+    except (InvalidProof, MambaintError, KeyError, TypeError, AttributeError):
+        return None
+    return found
+
+
+def _number(folder: Path, digest: str, inputs: IntArray) -> int:
+    """The number of the chain that a folder holds, drawn now if it holds none."""
+    path = folder / "chain.json"
+    # With the number, which is as secret as the input until the proof is shown, nobody can test a guess.
+    if not path.exists():
+        number = secrets.randbits(CHAIN_BITS)
+        content = {
+            "format": FORMAT,
+            "version": VERSION,
+            "verifier_package": digest,
+            "chain": number,
+            "inputs": _digest(inputs, number),
+        }
+        write_bytes(path, canonical_json(content))
+        return number
+    remedy = f"delete the folder {folder}, or choose another"
+    content = parse_json(read_bytes(path, remedy), str(path))
+    fields = {"format", "version", "verifier_package", "chain", "inputs"}
+    if not isinstance(content, dict) or set(content) != fields or type(content["chain"]) is not int:
+        raise MambaintError(f"{path} is damaged", remedy)
+    number = content["chain"]
+    if (content["verifier_package"], content["inputs"]) != (digest, _digest(inputs, number)):
+        raise MambaintError(f"{folder} holds another chain, begun with another input or model", remedy)
+    return number
+
+
+def _digest(inputs: IntArray, number: int) -> str:
+    content = canonical_json({"chain": number, "shape": list(inputs.shape), "values": inputs.ravel().tolist()})
+    return hashlib.sha256(content).hexdigest()

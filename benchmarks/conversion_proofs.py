@@ -1,8 +1,8 @@
 """Proofs of the converted digits classifiers of ``benchmarks.conversion``, in their provable form.
 
-``python -m benchmarks.conversion_proofs`` trains each at one seed, converts it within 24 bits, makes keys, proves
-and verifies a sample; the fastest of the repeats counts. Mamba-1 with d_state 16 takes 2^20 rows, 10 GB of memory
-and ten minutes. Results go to ``benchmarks/results/conversion_proofs.json``.
+``python -m benchmarks.conversion_proofs`` trains each at one seed, converts it within 24 bits, makes keys,
+proves and verifies a sample; the fastest of the repeats counts. Mamba-1 with d_state 16 takes 2^20 rows, 10
+GB of memory and ten minutes. Results go to ``benchmarks/results/conversion_proofs.json``.
 """
 
 from __future__ import annotations

@@ -50,6 +50,7 @@ from circuits.segment import (
     Carried,
     Segment,
     check_steps,
+    leaving,
     reduction,
     types_of,
 )
@@ -61,6 +62,8 @@ MARGIN_ROWS = 12
 """Rows EZKL needs beyond those of the circuit."""
 MODEL_INPUT = "model_input"
 """Name of the private tensor that holds the model input; shown in public, it is the output ``input``."""
+CLAIM_WIDTH = 64
+"""Cells of a row of a claim that two lists are equal."""
 COLUMN_MARGIN = 64
 """Rows of a column that a committed input cannot fill."""
 FORCED = {"claims": 0, "anchor": 0, "zeros": 0, "squares": SQUARE}
@@ -376,27 +379,30 @@ def _all(first: int, size: int) -> Ids:
     return np.arange(first, first + size, dtype=np.int64)
 
 
-def _group(cells: Cells, logrows: int, committed: bool, commit_input: bool) -> tuple[InputTensor, ...]:
-    """The private tensors as ONNX inputs; a committed one has to fit a column."""
+def _group(
+    cells: Cells, logrows: int, committed: bool, alone: Mapping[str, Sequence[str]]
+) -> tuple[InputTensor, ...]:
+    """The private tensors as ONNX inputs; a committed one has to fit a column.
+
+    Args:
+        alone: inputs that are to hold these tensors, in this order, and nothing else; they come first.
+    """
     room = (1 << logrows) - COLUMN_MARGIN - SALTS if committed else sum(b.size for b in cells.bases)
-    groups: list[list[tuple[str, int]]] = []
-    if commit_input:
-        groups.append([])
+    sizes = {base.name: base.size for base in cells.bases if base.op == "private"}
+    groups = [[(member, sizes.pop(member)) for member in members] for members in alone.values()]
+    for name, group in zip(alone, groups, strict=True):
+        if sum(size for _, size in group) > room:
+            raise CircuitTooNarrow(name, sum(size for _, size in group))
     used = room
-    for base in cells.bases:
-        if base.op != "private":
-            continue
-        if base.size > room:
-            raise CircuitTooNarrow(base.name, base.size)
-        if commit_input and base.name == MODEL_INPUT:
-            groups[0].append((base.name, base.size))
-            continue
-        if used + base.size > room:
+    for name, size in sizes.items():
+        if size > room:
+            raise CircuitTooNarrow(name, size)
+        if used + size > room:
             groups.append([])
             used = 0
-        groups[-1].append((base.name, base.size))
-        used += base.size
-    names = [COMMITTED_INPUT] if commit_input else []
+        groups[-1].append((name, size))
+        used += size
+    names = list(alone)
     names += [f"witness{i}" if i else "witness" for i in range(len(groups) - len(names))]
     return tuple(
         InputTensor(name, tuple(members), committed) for name, members in zip(names, groups, strict=True)
@@ -432,8 +438,12 @@ def lower(
     if cells.claims:
         outputs |= {CHALLENGE: cells.power(1), "claims": np.concatenate(cells.claims)}
     outputs |= residues
-    committed = bool(cells.claims) or commit_input
-    groups = _group(cells, logrows, committed, commit_input)
+    alone: dict[str, Sequence[str]] = {COMMITTED_INPUT: [MODEL_INPUT]} if commit_input else {}
+    if segment is not None and segment.hidden and lowering.carried is not None:
+        parts = list(lowering.carried.shapes)
+        alone |= {STATE_IN: parts} | ({} if segment.head else {STATE_OUT: [leaving(name) for name in parts]})
+    committed = bool(cells.claims or alone)
+    groups = _group(cells, logrows, committed, alone)
     salts = SALTS * len(groups) if committed else 0
     onnx_bytes = write_onnx(cells, groups, outputs)
     instances = sum(ids.size for ids in outputs.values())
@@ -465,12 +475,29 @@ def _segment_outputs(lowering: _Lowering, segment: Segment, public_input: bool) 
         outputs["input"] = lowering.value(graph.input.name).cells().ravel()
     # Nothing reads these cells: that they are among the public values binds the proof to them.
     outputs[CHAIN] = lowering.cells.private(PLACE, (CHAIN_VALUES,), 0, 1 << CHAIN_BITS, _given)
-    outputs[STATE_IN] = carried.entered()
-    if not segment.head:
-        outputs[STATE_OUT] = carried.left()
+    if segment.hidden:
+        if not segment.head:
+            _claim_equal(lowering.cells, *carried.copied())
+    else:
+        outputs[STATE_IN] = carried.entered()
+        if not segment.head:
+            outputs[STATE_OUT] = carried.left()
     if logits is not None:
         outputs["logits"] = logits.ravel()
     return outputs
+
+
+def _claim_equal(b: Cells, first: Ids, second: Ids) -> None:
+    """Claim that as many cells are the same field elements, pair by pair: each weighs a power of its own."""
+    with b.part(STATE_OUT):
+        rows, columns = b.weights(-(-first.size // CLAIM_WIDTH), CLAIM_WIDTH)
+        parts = []
+        for ids, sign in ((first, 1), (second, -1)):
+            # What is beyond the end is the first cell again, in both.
+            filled = np.append(ids, np.broadcast_to(first[:1], (rows.size * CLAIM_WIDTH - ids.size,)))
+            sums = b.dot("ij,j->i", filled.reshape(rows.size, CLAIM_WIDTH), columns)
+            parts.append((b.dot("ai,i->a", sums[None], rows), sign))
+        b.claim(parts)
 
 
 def build_circuit(
@@ -499,6 +526,8 @@ def build_circuit(
     """
     if segment is not None:
         check_steps(graph, segment)
+        # What is committed to is compared at a random point.
+        challenged = True if segment.hidden else challenged
     reason = ""
     forms = [False, True] if challenged is None else [challenged]
     # A form that is too long for 2^k rows is not tried again before 2^k holds what it needed.

@@ -1,7 +1,8 @@
 """A stretch of a sequence as a circuit of its own: what it takes from the steps before it and hands on.
 
-The state between two stretches is what decoding remembers at the end of a chunk (``mamba_int.decoding_state``):
-of every scan its H, of every convolution the last K - 1 steps, and of a reduction over time what it has come to.
+The state between two stretches is what decoding remembers at the end of a chunk
+(``mamba_int.decoding_state``): of every scan its H, of every convolution the last K - 1 steps, and of a
+reduction over time what it has come to.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from mamba_int.graph import Graph, IntArray, Node, TensorType
 from mamba_int.operations import OPERATIONS
 
 CHAIN = "chain"
-"""Public values that bind a segment to its place: the number of its chain, its position, whether it is the last."""
+"""Public values that bind a segment to its place: the number of its chain, its position, and of the last
+segment its steps, else 0."""
 PLACE = "place"
 """Name of the private tensor that holds them."""
 CHAIN_VALUES = 3
@@ -36,15 +38,18 @@ class Segment:
         steps: of the stretch.
         head: it ends sequences of ``graph.seq_len`` steps: what follows the sum or maximum over time is
             computed, and nothing handed on. Other graphs have no head: every stretch gives its logits.
+        hidden: the states are not shown, but committed to: each proof begins with a point for the state that
+            enters, and one for the state that leaves.
     """
 
     steps: int
     head: bool = False
+    hidden: bool = False
 
 
 def reduction(graph: Graph) -> Node | None:
-    """The sum or maximum over time, if the graph has one. The last step is no such thing: what follows it has a
-    value at the end of every stretch."""
+    """The sum or maximum over time, if the graph has one. The last step is no such thing: what follows it has
+    a value at the end of every stretch."""
     found = (node for node in graph.nodes if node.op == "reduce" and node.attributes["kind"] != "last")
     return next(found, None)
 
@@ -62,8 +67,8 @@ def step_unit(graph: Graph) -> int:
         elif node.op == "ssd":
             if OPERATIONS[node.op].chunk(node) is None:
                 raise MambaintError(
-                    f"the model has one chunk of {node.integer('chunk_size')} steps, whose state is not carried "
-                    "further",
+                    f"the model has one chunk of {node.integer('chunk_size')} steps, whose state is not "
+                    "carried further",
                     "give a model exported with more than one chunk",
                 )
             periods.append(node.integer("chunk_size"))
@@ -87,7 +92,8 @@ def check_steps(graph: Graph, segment: Segment) -> None:
 
 
 def types_of(graph: Graph, segment: Segment) -> dict[str, TensorType]:
-    """Types of the tensors of a stretch: those with a time axis have its steps, the others the whole's bounds."""
+    """Types of the tensors of a stretch: those with a time axis have its steps, the others the bounds of the
+    whole."""
     whole, own = graph.types, replace(graph, seq_len=segment.steps).types
     timeless: set[str] = set()
     for node in graph.nodes:
@@ -130,9 +136,23 @@ class Carried:
         """All cells that enter, flat."""
         return _flat([self._entered[name] for name in self.shapes])
 
+    def copied(self) -> tuple[Ids, Ids]:
+        """All cells that leave, flat, and as many private cells that have to be equal to them."""
+        parts = {name: self._leaving[name]() for name in self.shapes}
+        return _flat(list(parts.values())), _flat([self._copy(name, ids) for name, ids in parts.items()])
+
+    def _copy(self, name: str, cells: Ids) -> Ids:
+        low, high = self.cells.bounds(self._entered[name])
+        return self.cells.private(leaving(name), self.shapes[name], low, high, lambda get: get(cells))
+
     def left(self) -> Ids:
         """All cells that leave, flat and in the same order."""
         return _flat([self._leaving[name]() for name in self.shapes])
+
+
+def leaving(name: str) -> str:
+    """Name of the private copy of a part of the state that leaves."""
+    return f"{name}.next"
 
 
 def _flat(parts: list[Ids]) -> Ids:

@@ -16,11 +16,14 @@ from typing import Any
 from circuits.segment import CHAIN, CHAIN_VALUES, STATE_IN, STATE_OUT
 from mamba_int.errors import MambaintError
 from mamba_int.files import canonical_json, parse_json
+from zk.challenge import POINT_BYTES
 from zk.field import HALF
 from zk.package import MAX_PACKAGE_BYTES, Package, decode_package, encode_stored_zip
 
 FORMAT = "mambaint-chain-verifier"
 VERSION = 1
+State = tuple[int, ...] | str
+"""A state: its integers, or the commitment to them, a point as the proof has it (hex)."""
 CARD, SEGMENT, HEAD = "chain.json", "segment.zip", "head.zip"
 _LIMITS = {CARD: 1 << 26, HEAD: MAX_PACKAGE_BYTES, SEGMENT: MAX_PACKAGE_BYTES}
 MAX_CHAIN_PACKAGE_BYTES = sum(_LIMITS.values()) + 4096
@@ -36,14 +39,19 @@ class ChainPackage:
         head: package of the circuit of the last segment; None where it is like the others.
         segment_steps: steps of a segment.
         total_steps: steps of every sequence, where the model has a head; 0 for any number.
-        first_state: the state before the first segment, flat.
+        first_state: the state before the first segment, flat; where states are hidden, the commitment to it.
     """
 
     segment: Package
     head: Package | None
     segment_steps: int
     total_steps: int
-    first_state: tuple[int, ...]
+    first_state: State
+
+    @property
+    def hides_states(self) -> bool:
+        """Whether segments commit to their states instead of showing them."""
+        return isinstance(self.first_state, str)
 
     @property
     def model_id(self) -> str:
@@ -57,12 +65,18 @@ class ChainPackage:
             "version": VERSION,
             "segment_steps": self.segment_steps,
             "total_steps": self.total_steps,
-            "first_state": list(self.first_state),
+            "first_state": self.first_state if isinstance(self.first_state, str) else list(self.first_state),
         }
         content = {CARD: canonical_json(card), SEGMENT: self.segment.encode()}
         if self.head is not None:
             content[HEAD] = self.head.encode()
         return encode_stored_zip({name: content[name] for name in sorted(content)})
+
+
+def is_point(value: Any) -> bool:
+    """Whether a value is a commitment in hexadecimal."""
+    digits = set("0123456789abcdef")
+    return isinstance(value, str) and len(value) == 2 * POINT_BYTES and not set(value) - digits
 
 
 def is_chain_package(raw: bytes) -> bool:
@@ -110,14 +124,16 @@ def decode_chain_package(raw: bytes, source: str) -> ChainPackage:
     steps, total, first = card["segment_steps"], card["total_steps"], card["first_state"]
     if type(steps) is not int or type(total) is not int or steps < 1 or total < 0:
         raise _refuse(source, "its numbers of steps are wrong")
-    if not isinstance(first, list) or any(type(v) is not int or abs(v) > HALF for v in first):
-        raise _refuse(source, "its first state is not a list of integers")
+    if not is_point(first) and (
+        not isinstance(first, list) or any(type(v) is not int or abs(v) > HALF for v in first)
+    ):
+        raise _refuse(source, "its first state is neither a list of integers nor a commitment")
     package = ChainPackage(
         segment=decode_package(content[SEGMENT], f"{source}/{SEGMENT}"),
         head=decode_package(content[HEAD], f"{source}/{HEAD}") if HEAD in content else None,
         segment_steps=steps,
         total_steps=total,
-        first_state=tuple(first),
+        first_state=first if isinstance(first, str) else tuple(first),
     )
     _check(package, source)
     if package.encode() != raw:
@@ -128,22 +144,38 @@ def decode_chain_package(raw: bytes, source: str) -> ChainPackage:
 def _check(package: ChainPackage, source: str) -> None:
     """The two circuits belong to one chain."""
     segment, head = package.segment, package.head
-    sizes: dict[str, Any] = {tensor.name: tensor.size for tensor in segment.public if tensor.stated}
-    state = len(package.first_state)
-    wanted = {CHAIN: CHAIN_VALUES, STATE_IN: state, STATE_OUT: state}
-    if state < 1 or any(sizes.get(name) != size for name, size in wanted.items()):
+    begun = _places(segment, package.hides_states)
+    state = begun.get(STATE_IN, 0)
+    if begun != {CHAIN: CHAIN_VALUES, STATE_IN: state, STATE_OUT: state} or state < 1:
         raise _refuse(source, "its circuit is not that of a segment")
+    if isinstance(package.first_state, tuple) and len(package.first_state) != state:
+        raise _refuse(source, "its first state has another size than its circuit's")
     if (head is None) != (package.total_steps == 0):
         raise _refuse(source, "it has a head without a number of steps, or the reverse")
     if head is None:
         return
-    ends: dict[str, Any] = {tensor.name: tensor.size for tensor in head.public if tensor.stated}
-    if STATE_OUT in ends or any(ends.get(name) != wanted[name] for name in (CHAIN, STATE_IN)):
+    if _places(head, package.hides_states) != {CHAIN: CHAIN_VALUES, STATE_IN: state}:
         raise _refuse(source, "its head is not that of a chain")
-    if head.model_id != segment.model_id or head.ezkl_version != segment.ezkl_version:
-        raise _refuse(source, "its circuits are of different models")
+    # Commitments of circuits with other rows, or another SRS, could not be compared.
+    shared = ("model_id", "ezkl_version", *(("logrows", "verifying_srs") if package.hides_states else ()))
+    if any(getattr(head, name) != getattr(segment, name) for name in shared):
+        raise _refuse(source, "its circuits do not belong together")
     if package.total_steps % package.segment_steps or package.total_steps == package.segment_steps:
         raise _refuse(source, "its segments do not make up the sequence")
+
+
+def _places(circuit: Package, hidden: bool) -> dict[str, int]:
+    """Sizes of what links a circuit: among its public values, or its states among its first commitments."""
+    shown = {tensor.name: tensor.size for tensor in circuit.public if tensor.stated}
+    sizes = {name: size for name, size in shown.items() if name in (CHAIN, STATE_IN, STATE_OUT)}
+    if not hidden:
+        return sizes
+    committed = [name for name, _ in circuit.committed[:2]]
+    expected = [name for name in (STATE_IN, STATE_OUT) if name in dict(circuit.committed)]
+    # A state both shown and committed to, or committed to elsewhere, would be none of these two forms.
+    if set(sizes) != {CHAIN} or committed[: len(expected)] != expected:
+        return {}
+    return sizes | {name: size for name, size in circuit.committed if name in expected}
 
 
 def read_chain_package(path: Path) -> tuple[ChainPackage, str]:

@@ -114,7 +114,10 @@ def _decode_segment(item: Any) -> SegmentProof:
     expect(isinstance(item, dict) and set(item) == _SEGMENT, "a segment has wrong fields")
     expect(isinstance(item["public"], dict), "public is not an object")
     return SegmentProof(
-        public={str(name): decode_numbers(values, f"public value {name!a}") for name, values in item["public"].items()},
+        public={
+            str(name): decode_numbers(values, f"public value {name!a}")
+            for name, values in item["public"].items()
+        },
         state=tuple(decode_numbers(item["state"], "a state")),
         proof=decode_proof_bytes(item["proof"]),
     )

@@ -90,9 +90,7 @@ def decode_proof_bytes(text: Any) -> bytes:
 
 def _decode_public(value: Any) -> dict[str, list[int]]:
     expect(isinstance(value, dict), "public is not an object")
-    return {
-        str(name): decode_numbers(numbers, f"public value {name!a}") for name, numbers in value.items()
-    }
+    return {str(name): decode_numbers(numbers, f"public value {name!a}") for name, numbers in value.items()}
 
 
 def _decode_segments(value: Any) -> tuple[bytes, ...]:

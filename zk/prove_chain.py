@@ -8,25 +8,39 @@ goes on from what it finds there, after checking it.
 from __future__ import annotations
 
 import hashlib
+import hmac
+import math
 import secrets
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from circuits.circuit import Witness
+from circuits.circuit import SALTS, Witness
 from circuits.lowering import LoweredCircuit, build_circuit
-from circuits.segment import CHAIN_BITS, PLACE, STATE_IN, STATE_OUT, Segment, initial_state, named_state, reduction
+from circuits.segment import (
+    CHAIN_BITS,
+    PLACE,
+    STATE_IN,
+    STATE_OUT,
+    Segment,
+    initial_state,
+    leaving,
+    named_state,
+    reduction,
+)
 from mamba_int.errors import MambaintError
-from mamba_int.files import canonical_json, parse_json, read_bytes, write_bytes
+from mamba_int.files import canonical_json, parse_json, read_bytes, read_json, write_bytes, write_json
 from mamba_int.graph import Graph, IntArray
 from mamba_int.interpreter import evaluate
+from zk import field
 from zk.chain_package import ChainPackage, decode_chain_package
 from zk.chain_proof import ChainProof, SegmentProof
+from zk.identity import is_sha256
 from zk.jobs import pack_circuit, pack_witness
 from zk.keys import Keys, job_timeout, make_keys
 from zk.package import Package, decode_package
@@ -34,10 +48,11 @@ from zk.process import run_job
 from zk.proof import InvalidProof, decode_numbers, decode_proof_bytes
 from zk.provable import statement
 from zk.srs import ceremony_srs, development_srs
-from zk.verify_chain import check_chain, check_one
+from zk.verify_chain import check_chain, check_one, state_before
 
 FORMAT = "mambaint-chain-folder"
 VERSION = 1
+PURPOSE = "secret until the chain is proved: with this seed anyone can test guesses of a hidden input"
 
 
 @dataclass(frozen=True)
@@ -66,6 +81,11 @@ class ProvableChain:
     segment: SegmentCircuit
     head: SegmentCircuit | None
     package: bytes
+
+    @property
+    def hidden(self) -> bool:
+        """Whether segments commit to their states instead of showing them."""
+        return any(group.name == STATE_IN for group in self.segment.lowered.circuit.inputs)
 
     @property
     def first_state(self) -> IntArray:
@@ -100,6 +120,7 @@ def prepare_chain(
     graph: Graph,
     steps: int,
     public_input: bool = False,
+    public_states: bool = False,
     logrows: int | None = None,
     srs_path: Path | None = None,
     srs_sha256: str | None = None,
@@ -111,6 +132,7 @@ def prepare_chain(
         graph: the model.
         steps: of a segment; for a model that ends in a sum or maximum over time, a part of ``graph.seq_len``.
         public_input: show the input in proofs.
+        public_states: show the states between segments, which say much of the input, instead of committing.
         logrows: make circuits of 2^logrows rows; None for the fewest that hold each.
         srs_path, srs_sha256: SRS of a ceremony and its hash; None for one made here.
         say: told what is being done.
@@ -126,12 +148,15 @@ def prepare_chain(
         )
     stated = statement(graph, public_input, False, "table") | {
         "segment_steps": steps,
+        "states_are_public": public_states,
         "logits_of_every_step": graph.types[graph.output].shape[:1] == (graph.seq_len,) and not ended,
     }
 
-    def made(segment: Segment) -> SegmentCircuit:
+    def lowered_at(segment: Segment, rows: int | None) -> LoweredCircuit:
         say(f"building the circuit of {'the last segment' if segment.head else 'a segment'}")
-        lowered = build_circuit(graph, public_input, logrows, segment=segment)
+        return build_circuit(graph, public_input, rows, segment=segment)
+
+    def made(lowered: LoweredCircuit) -> SegmentCircuit:
         k = lowered.circuit.logrows
         if srs_path is not None and srs_sha256 is not None:
             srs = ceremony_srs(srs_path, srs_sha256, k)
@@ -146,18 +171,52 @@ def prepare_chain(
         keys = make_keys(lowered.circuit, witness, srs)
         return SegmentCircuit(lowered, keys, keys.package(stated))
 
-    body = made(Segment(steps))
-    head = made(Segment(steps, head=True)) if ended else None
+    forms = [Segment(steps, head, not public_states) for head in ((False, True) if ended else (False,))]
+    circuits = [lowered_at(form, logrows) for form in forms]
+    if not public_states and len({lowered.circuit.logrows for lowered in circuits}) > 1:
+        # Commitments of circuits with other numbers of rows cannot be compared.
+        most = max(lowered.circuit.logrows for lowered in circuits)
+        circuits = [lowered_at(form, most) for form in forms]
+    body, *ends = (made(lowered) for lowered in circuits)
+    head = ends[0] if ends else None
     carried = body.lowered.carried
     assert carried is not None
+    first = initial_state(carried.shapes, carried.first)
     package = ChainPackage(
         segment=body.package,
         head=None if head is None else head.package,
         segment_steps=steps,
         total_steps=graph.seq_len if ended else 0,
-        first_state=tuple(int(v) for v in initial_state(carried.shapes, carried.first)),
+        first_state=tuple(first.tolist()) if public_states else _first_commitment(body, first),
     )
     return ProvableChain(graph, steps, body, head, package.encode())
+
+
+FIRST_SALTS = tuple(range(1, SALTS + 1))
+"""Of the first state, which is no secret; not zero, since EZKL has no name for the commitment to zeros."""
+
+
+def _first_commitment(circuit: SegmentCircuit, first: IntArray) -> str:
+    """The commitment to the state before the first segment."""
+    package = circuit.package
+    values = (*_padded_state(circuit.lowered, first), *FIRST_SALTS)
+    job = {
+        "values": [field.encode(value) for value in values],
+        "settings": package.settings.hex(),
+        "vk": package.vk.hex(),
+        "srs": str(circuit.keys.srs.path),
+    }
+    point: str = run_job("commit", job, what="committing", timeout=300)["commitment"]
+    return point
+
+
+def _padded_state(lowered: LoweredCircuit, state: IntArray) -> list[int]:
+    """A flat state as its ONNX input holds it: odd parts have a spare cell."""
+    assert lowered.carried is not None
+    values: list[int] = []
+    for part in named_state(lowered.carried.shapes, state).values():
+        values += [*part.ravel().tolist(), *[0] * (part.size % 2)]
+    return values
 
 
 def segment_witness(
@@ -176,13 +235,40 @@ def segment_witness(
     return lowered.witness(inputs, given=given)
 
 
+@dataclass(frozen=True)
+class ChainSecret:
+    """What a chain's number and the salts of its states come from: drawn once, kept while it is proved."""
+
+    seed: bytes
+
+    @property
+    def number(self) -> int:
+        """Of the chain; public in the proof."""
+        return int.from_bytes(self._derived("number")[: CHAIN_BITS // 8], "big")
+
+    def salts(self, position: int) -> list[int]:
+        """Of the state before the segment at this position."""
+        if position == 0:
+            return list(FIRST_SALTS)
+        parts = (self._derived(f"salt {position} {i}") for i in range(SALTS))
+        return [int.from_bytes(part, "big") % field.PRIME for part in parts]
+
+    def _derived(self, what: str) -> bytes:
+        return hmac.digest(self.seed, what.encode(), "sha512")
+
+    def tag(self, inputs: IntArray) -> str:
+        """Says whether inputs are those the chain was begun with, and nothing to who has no seed."""
+        content = canonical_json({"shape": list(inputs.shape), "values": inputs.ravel().tolist()})
+        return hmac.digest(self._derived("inputs"), content, "sha256").hex()
+
+
 def witnesses_of(
-    chain: ProvableChain, inputs: IntArray, number: int
+    chain: ProvableChain, inputs: IntArray, secret: ChainSecret
 ) -> list[tuple[SegmentCircuit, Witness]]:
     """The witnesses of all segments of a sequence, checked against the interpreter.
 
     Args:
-        chain: the circuits. inputs: int64 [T, ...]. number: of the chain.
+        chain: the circuits. inputs: int64 [T, ...]. secret: of the chain.
 
     Raises:
         MambaintError: if the length does not fit, or the circuits compute other integers than the
@@ -200,13 +286,26 @@ def witnesses_of(
     for i in range(count):
         last = i == count - 1
         circuit = chain.head if last and chain.head is not None else chain.segment
-        place = number, i, length - i * steps if last else 0
+        place = secret.number, i, length - i * steps if last else 0
         witness = segment_witness(circuit.lowered, padded[i * steps : (i + 1) * steps], state, place)
+        if chain.hidden:
+            witness = replace(witness, salts={STATE_IN: secret.salts(i), STATE_OUT: secret.salts(i + 1)})
         found.append((circuit, witness))
-        if STATE_OUT in witness.public:
-            state = np.array(witness.public[STATE_OUT], np.int64)
+        state = state_after_witness(circuit.lowered, witness)
     _check_logits(chain, padded, found)
     return found
+
+
+def state_after_witness(lowered: LoweredCircuit, witness: Witness) -> IntArray:
+    """The state that a segment hands on, flat; empty after a head."""
+    assert lowered.carried is not None
+    if STATE_OUT in witness.public:
+        return np.array(witness.public[STATE_OUT], np.int64)
+    parts = []
+    for name, shape in lowered.carried.shapes.items():
+        copy = witness.private.get(leaving(name), [])
+        parts.append(np.array(copy[: math.prod(shape)], np.int64))
+    return np.concatenate(parts)
 
 
 def _check_logits(
@@ -242,9 +341,13 @@ def prove_chain(
     Raises:
         MambaintError: if the folder holds another chain, or a segment cannot be proved.
     """
-    package, digest = decode_chain_package(chain.package, "made here"), hashlib.sha256(chain.package).hexdigest()
-    number = _number(folder, digest, inputs)
-    work = witnesses_of(chain, inputs, number)
+    package, digest = (
+        decode_chain_package(chain.package, "made here"),
+        hashlib.sha256(chain.package).hexdigest(),
+    )
+    secret = _secret(folder, digest, inputs)
+    number = secret.number
+    work = witnesses_of(chain, inputs, secret)
     started = time.perf_counter()
     answers: dict[int, dict[str, Any]] = {}
     done: dict[int, SegmentProof] = {}
@@ -304,7 +407,9 @@ def _prove(circuit: SegmentCircuit, witness: Witness, timeout: float | None) -> 
 
 
 def _segment_proof(witness: Witness, proof: bytes) -> SegmentProof:
-    shown = {name: witness.public[name] for name in ("input", "logits") if name in witness.public}
+    shown: dict[str, list[int]] = {
+        name: witness.public[name] for name in ("input", "logits") if name in witness.public
+    }
     return SegmentProof(shown, tuple(witness.public.get(STATE_OUT, [])), proof)
 
 
@@ -330,38 +435,35 @@ def _finished(
         if found != _segment_proof(witness, proof):
             return None
         trusted = decode_package(circuit.package.encode(), "made here")
-        check_one(found, place, tuple(witness.public[STATE_IN]), trusted)
+        # Whether a commitment is that of the segment before is seen when the chain is whole.
+        before = state_before(found, trusted, tuple(witness.public.get(STATE_IN, [])))
+        check_one(found, place, before, trusted)
     except (InvalidProof, MambaintError, KeyError, TypeError, AttributeError):
         return None
     return found
 
 
-def _number(folder: Path, digest: str, inputs: IntArray) -> int:
-    """The number of the chain that a folder holds, drawn now if it holds none."""
+def _secret(folder: Path, digest: str, inputs: IntArray) -> ChainSecret:
+    """The secret of the chain that a folder holds, drawn now if it holds none."""
     path = folder / "chain.json"
-    # With the number, which is as secret as the input until the proof is shown, nobody can test a guess.
     if not path.exists():
-        number = secrets.randbits(CHAIN_BITS)
-        content = {
+        secret = ChainSecret(secrets.token_bytes(32))
+        fresh = {
             "format": FORMAT,
             "version": VERSION,
+            "purpose": PURPOSE,
             "verifier_package": digest,
-            "chain": number,
-            "inputs": _digest(inputs, number),
+            "seed": secret.seed.hex(),
+            "inputs": secret.tag(inputs),
         }
-        write_bytes(path, canonical_json(content))
-        return number
+        write_json(path, fresh, mode=0o600)
+        return secret
     remedy = f"delete the folder {folder}, or choose another"
-    content = parse_json(read_bytes(path, remedy), str(path))
-    fields = {"format", "version", "verifier_package", "chain", "inputs"}
-    if not isinstance(content, dict) or set(content) != fields or type(content["chain"]) is not int:
+    content: Any = read_json(path, remedy)
+    fields = {"format", "version", "purpose", "verifier_package", "seed", "inputs"}
+    if not isinstance(content, dict) or set(content) != fields or not is_sha256(content["seed"]):
         raise MambaintError(f"{path} is damaged", remedy)
-    number = content["chain"]
-    if (content["verifier_package"], content["inputs"]) != (digest, _digest(inputs, number)):
+    secret = ChainSecret(bytes.fromhex(content["seed"]))
+    if (content["verifier_package"], content["inputs"]) != (digest, secret.tag(inputs)):
         raise MambaintError(f"{folder} holds another chain, begun with another input or model", remedy)
-    return number
-
-
-def _digest(inputs: IntArray, number: int) -> str:
-    content = canonical_json({"chain": number, "shape": list(inputs.shape), "values": inputs.ravel().tolist()})
-    return hashlib.sha256(content).hexdigest()
+    return secret

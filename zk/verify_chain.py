@@ -1,9 +1,9 @@
 """Checking a chain of segment proofs against a trusted package, as one statement about one sequence.
 
 Fails closed, like ``zk.verify``. Every segment is checked with instances that are rebuilt here: its place in
-the chain, the state before it (the package's for the first, that of the segment before for the others) and the
-state after it. A segment that was dropped, doubled, moved, taken from another chain or made from another state
-was proved with other instances, and does not verify.
+the chain, the state before it (the package's for the first, that of the segment before for the others), and
+the state after it. A segment that was dropped, doubled, moved, taken from another chain or made from another
+state was proved with other instances, and does not verify.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from pathlib import Path
 from circuits.segment import CHAIN, STATE_IN, STATE_OUT
 from mamba_int.errors import MambaintError
 from zk import ezkl_calls
-from zk.chain_package import ChainPackage, read_chain_package
+from zk.chain_package import ChainPackage, State, read_chain_package
 from zk.chain_proof import ChainProof, SegmentProof, decode_chain_proof
+from zk.challenge import POINT_BYTES
 from zk.package import MAX_REASON, Package
 from zk.proof import InvalidProof
 from zk.verify import Verdict, check_segment, read_proof, rebuild_instances
@@ -113,7 +114,7 @@ def _check_form(proof: ChainProof, package: ChainPackage, digest: str, expected:
 def _check_place(proof: ChainProof, i: int, package: ChainPackage) -> None:
     last = i == len(proof.segments) - 1
     circuit = package.head if last and package.head is not None else package.segment
-    before = package.first_state if i == 0 else proof.segments[i - 1].state
+    before = package.first_state if i == 0 else state_after(proof.segments[i - 1], package.segment)
     steps = proof.steps - i * package.segment_steps if last else 0
     try:
         check_one(proof.segments[i], (proof.chain, i, steps), before, circuit)
@@ -121,13 +122,31 @@ def _check_place(proof: ChainProof, i: int, package: ChainPackage) -> None:
         raise InvalidProof(f"segment {i}: {error}") from error
 
 
-def check_one(
-    segment: SegmentProof, place: tuple[int, int, int], before: tuple[int, ...], circuit: Package
-) -> None:
+def state_after(segment: SegmentProof, circuit: Package) -> State:
+    """The state that a segment hands on: shown beside it, or the commitment in its proof."""
+    point = _point(segment, circuit, STATE_OUT)
+    return segment.state if point is None else point
+
+
+def state_before(segment: SegmentProof, circuit: Package, shown: tuple[int, ...]) -> State:
+    """The state that a segment starts from: ``shown`` if states are, or the commitment in its proof."""
+    point = _point(segment, circuit, STATE_IN)
+    return shown if point is None else point
+
+
+def _point(segment: SegmentProof, circuit: Package, name: str) -> str | None:
+    names = [committed for committed, _ in circuit.committed]
+    if name not in names:
+        return None
+    first = names.index(name) * POINT_BYTES
+    return segment.proof[first : first + POINT_BYTES].hex()
+
+
+def check_one(segment: SegmentProof, place: tuple[int, int, int], before: State, circuit: Package) -> None:
     """Check one segment at its place.
 
     Args:
-        segment: with the state after it.
+        segment: with the state after it, if that is shown.
         place: the number of the chain, the position, and of the last segment its steps, else 0.
         before: the state before it.
         circuit: package of its circuit.
@@ -135,11 +154,17 @@ def check_one(
     Raises:
         InvalidProof: if it does not verify.
     """
-    linked = {CHAIN: list(place), STATE_IN: list(before)}
-    if any(tensor.name == STATE_OUT for tensor in circuit.public):
+    shown = {tensor.name for tensor in circuit.public}
+    linked = {CHAIN: list(place)}
+    if isinstance(before, str):
+        if _point(segment, circuit, STATE_IN) != before:
+            raise InvalidProof("it does not commit to the state that the segment before it hands on")
+    else:
+        linked[STATE_IN] = list(before)
+    if STATE_OUT in shown:
         linked[STATE_OUT] = list(segment.state)
     elif segment.state:
-        raise InvalidProof("it has a state after the end")
+        raise InvalidProof("it shows a state that its circuit does not")
     known = sorted(segment.public.keys() & {CHAIN, STATE_IN, STATE_OUT})
     if known:
         raise InvalidProof(f"it states its own {known[0]}")

@@ -13,10 +13,15 @@ from numpy.typing import NDArray
 
 from circuits.cells import CHALLENGE, Cells, CircuitTooNarrow, Ids, Values
 from circuits.circuit import (
+    CHAIN,
+    CHAIN_BITS,
+    CHAIN_VALUES,
     COMMITTED_INPUT,
     LARGEST_LOGROWS,
     SALTS,
     SMALLEST_LOGROWS,
+    STATE_IN,
+    STATE_OUT,
     Circuit,
     InputTensor,
     PublicTensor,
@@ -40,20 +45,7 @@ from circuits.gadgets.values import (
     clamp_from_zero,
 )
 from circuits.polynomials import SQUARE, PolynomialCells
-from circuits.segment import (
-    CHAIN,
-    CHAIN_BITS,
-    CHAIN_VALUES,
-    PLACE,
-    STATE_IN,
-    STATE_OUT,
-    Carried,
-    Segment,
-    check_steps,
-    leaving,
-    reduction,
-    types_of,
-)
+from circuits.segment import PLACE, Carried, Segment, check_steps, leaving, reduction, types_of
 from mamba_int.errors import MambaintError
 from mamba_int.graph import Graph, Node, TensorType
 from mamba_int.operations.choice import Table

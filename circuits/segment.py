@@ -18,16 +18,8 @@ from mamba_int.errors import MambaintError
 from mamba_int.graph import Graph, IntArray, Node, TensorType
 from mamba_int.operations import OPERATIONS
 
-CHAIN = "chain"
-"""Public values that bind a segment to its place: the number of its chain, its position, and of the last
-segment its steps, else 0."""
 PLACE = "place"
-"""Name of the private tensor that holds them."""
-CHAIN_VALUES = 3
-CHAIN_BITS = 128
-"""Of the number of a chain, which is drawn at random."""
-STATE_IN = "state_in"
-STATE_OUT = "state_out"
+"""Name of the private tensor that holds a segment's place in its chain."""
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,25 @@ def _earlier_opening(commit_input: bool, opening: Path | None, reuse_opening: Pa
     help="Commit with the salts of an earlier proof of the same input, so that both proofs show the same "
     "commitment. Needs the same SRS and the same number of rows (--logrows).",
 )
+@click.option(
+    "--segment-steps",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Prove in linked segments of N steps, with one key pair: any length at the same memory.",
+)
+@click.option(
+    "--public-states",
+    is_flag=True,
+    help="With --segment-steps: show the states between segments, which say much of the input, instead of "
+    "committing to them: a few rows less.",
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="With --segment-steps: segments proved at a time; each takes the memory of one proof.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
 def command(
     input_path: Path,
@@ -74,12 +93,16 @@ def command(
     out: Path,
     opening: Path | None,
     reuse_opening: Path | None,
+    segment_steps: int | None,
+    public_states: bool,
+    workers: int,
     as_json: bool,
 ) -> None:
     """Prove that a model gives its answer on an input, which stays private unless --public-input.
 
     Writes the proof, and beside it verifier.zip: what a verifying party needs, and must get from someone
-    it trusts. Keys are made on first use and cached.
+    it trusts. Keys are made on first use and cached. A run in segments that was interrupted goes on when the
+    command is given again.
 
     \b
     Example:
@@ -88,6 +111,7 @@ def command(
       mambaint prove --input x.json --commit-input --logrows 14 --out a/proof.json
       mambaint prove --input x.json --commit-input --logrows 14 --out b/proof.json \\
         --model other.mint --reuse-opening a/proof.opening.json
+      mambaint prove --input long.json --segment-steps 64 --workers 2
     """
     from dataclasses import replace
 
@@ -103,6 +127,18 @@ def command(
     from zk.provable import prepare, witness_of
     from zk.prove import prove
 
+    if segment_steps is None and (public_states or workers > 1):
+        raise MambaintError("--public-states and --workers are for segments", "give --segment-steps as well")
+    if segment_steps is not None:
+        from cli.segments import prove_in_segments
+
+        if commit_input or opening or reuse_opening or lookups != "table":
+            raise MambaintError(
+                "segments are proved without --commit-input, openings and --lookups none", "leave them out"
+            )
+        settings = (segment_steps, public_input, public_states, logrows, srs_path, srs_sha256)
+        prove_in_segments(input_path, resolve_model(model), settings, out, workers, as_json)
+        return
     earlier = _earlier_opening(commit_input, opening, reuse_opening)
     kept = reuse_opening or opening or out.with_name(f"{out.stem}.opening.json")
     if commit_input and earlier is None and kept.exists():

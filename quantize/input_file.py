@@ -17,7 +17,7 @@ LARGEST_FILE = 64 << 20
 """Bytes of the largest input file that is read."""
 
 
-def read_input(path: Path, graph: Graph) -> IntArray:
+def read_input(path: Path, graph: Graph, any_length: bool = False) -> IntArray:
     """Read one input of ``graph.seq_len`` steps.
 
     The file holds one list, either flat (step after step) or with one list per step. Where the card says
@@ -27,6 +27,7 @@ def read_input(path: Path, graph: Graph) -> IntArray:
     Args:
         path: the file.
         graph: the model.
+        any_length: take any number of steps.
 
     Returns:
         int64 [T, features], or [T] token ids.
@@ -47,6 +48,8 @@ def read_input(path: Path, graph: Graph) -> IntArray:
         raise MambaintError(f"{path}: 'input_data' is not a list that holds one list", remedy)
     places = _flatten(data[0], features, path, remedy)
     expected = graph.seq_len * max(features, 1)
+    if any_length and places and len(places) % max(features, 1) == 0:
+        expected = len(places)
     if len(places) != expected:
         raise MambaintError(f"{path} holds {len(places)} numbers, the model takes {expected}", remedy)
     for place, value in places:
@@ -65,7 +68,7 @@ def read_input(path: Path, graph: Graph) -> IntArray:
                 "give integers in that range",
             )
     integers = np.array([int(value) for value in values], np.int64)
-    return integers.reshape(graph.seq_len, features) if features else integers
+    return integers.reshape(-1, features) if features else integers
 
 
 def scaling(graph: Graph) -> tuple[list[float], list[float]] | None:
@@ -91,7 +94,7 @@ def _quantized(values: list[float], graph: Graph, offset: list[float], scale: li
     from mamba_int.datasets import quantize_features
 
     node = graph.input
-    real = np.array(values, np.float64).reshape(graph.seq_len, node.integer("features"))
+    real = np.array(values, np.float64).reshape(-1, node.integer("features"))
     low, high = node.integer("low"), node.integer("high")
     integers: IntArray = quantize_features(real, offset, scale, low, high).numpy()
     return integers

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from circuits.segment import CHAIN, CHAIN_VALUES, STATE_IN, STATE_OUT
+from circuits.circuit import CHAIN, CHAIN_VALUES, STATE_IN, STATE_OUT
 from mamba_int.errors import MambaintError
 from mamba_int.files import canonical_json, parse_json
 from zk.challenge import POINT_BYTES

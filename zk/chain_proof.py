@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from circuits.segment import CHAIN_BITS
+from circuits.circuit import CHAIN_BITS
 from mamba_int.errors import MambaintError
 from mamba_int.files import canonical_json, parse_json
 from zk.proof import MAX_FILE_BYTES, InvalidProof, decode_hash, decode_numbers, decode_proof_bytes, expect

@@ -20,19 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from circuits.circuit import SALTS, Witness
+from circuits.circuit import CHAIN_BITS, SALTS, STATE_IN, STATE_OUT, Witness
 from circuits.lowering import LoweredCircuit, build_circuit
-from circuits.segment import (
-    CHAIN_BITS,
-    PLACE,
-    STATE_IN,
-    STATE_OUT,
-    Segment,
-    initial_state,
-    leaving,
-    named_state,
-    reduction,
-)
+from circuits.segment import PLACE, Segment, initial_state, leaving, named_state, reduction
 from mamba_int.errors import MambaintError
 from mamba_int.files import canonical_json, parse_json, read_bytes, read_json, write_bytes, write_json
 from mamba_int.graph import Graph, IntArray

@@ -12,7 +12,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from circuits.segment import CHAIN, STATE_IN, STATE_OUT
+from circuits.circuit import CHAIN, STATE_IN, STATE_OUT
 from mamba_int.errors import MambaintError
 from zk import ezkl_calls
 from zk.chain_package import ChainPackage, State, read_chain_package

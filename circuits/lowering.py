@@ -117,15 +117,12 @@ def _given(get: Any) -> Values:
 
 
 def _embedding(low: _Lowering, node: Node, tensor: TensorType) -> Value:
-    """A one-hot row that points at the token; then dots with the table."""
+    """A one-hot row that points at the token; then the table as a matrix."""
     b, rows = low.cells, np.asarray(node.constants["table"])
     (source,) = low.operands(node)
-
-    def emit() -> Ids:
-        hot = pointer(b, node.name, source.cells(), 0, len(rows))
-        return b.dot("tv,vd->td", hot, b.constant(rows), (tensor.low, tensor.high))
-
-    return Computed(b, node.name, tensor, emit)
+    chosen = TensorType((*source.type.shape, len(rows)), 0, 1)
+    hot = Computed(b, f"{node.name}.row", chosen, lambda: pointer(b, node.name, source.cells(), 0, len(rows)))
+    return linear(hot, node.name, tensor, rows.T, None)
 
 
 def _linear(low: _Lowering, node: Node, tensor: TensorType) -> Value:

@@ -32,14 +32,14 @@ def prove_in_segments(
     steps, public_input, public_states, logrows, srs_path, srs_sha256 = settings
     with activity(as_json) as say:
         chain = prepare_chain(graph, steps, public_input, public_states, logrows, srs_path, srs_sha256, say)
-        started = time.perf_counter()
+        started, total = time.perf_counter(), -(-len(inputs) // steps)
 
-        def tell(done: int, total: int) -> None:
+        def tell(done: int, more: bool) -> None:
             left = (time.perf_counter() - started) / done * (total - done)
             say(f"proving, {done} of {total} segments, about {left:.0f} s left")
 
-        say(f"proving {-(-len(inputs) // steps)} segments")
-        proof = prove_chain(chain, inputs, folder, workers, tell)
+        say(f"proving {total} segments")
+        proof = prove_chain(chain, [inputs], folder, workers, tell)
     verifier = out.parent / "verifier.zip"
     write_bytes(verifier, chain.package)
     write_bytes(out, proof.file)

@@ -1,8 +1,8 @@
 """Proving a sequence as a chain of segments with one key pair, and at most one more for its end.
 
 Segments are independent jobs once their states are known, and those cost no proof: the witnesses are computed
-first, one after the other. A finished segment is written to the chain's folder at once; a run that was killed
-goes on from what it finds there, after checking it.
+one after the other, ahead of the provers. A finished segment is written to the chain's folder at once, under
+a name made of its content; a run that was killed goes on from what it finds there, after checking it.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import hmac
 import math
 import secrets
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,11 @@ import numpy as np
 from circuits.circuit import CHAIN_BITS, SALTS, STATE_IN, STATE_OUT, Witness
 from circuits.lowering import LoweredCircuit, build_circuit
 from circuits.segment import PLACE, Segment, initial_state, leaving, named_state, reduction
+from mamba_int.decoding_state import DecodingState
 from mamba_int.errors import MambaintError
 from mamba_int.files import canonical_json, parse_json, read_bytes, read_json, write_bytes, write_json
 from mamba_int.graph import Graph, IntArray
-from mamba_int.interpreter import evaluate
+from mamba_int.interpreter import evaluate, evaluate_step
 from zk import field
 from zk.chain_package import ChainPackage, decode_chain_package
 from zk.chain_proof import ChainProof, SegmentProof
@@ -91,13 +92,15 @@ class ChainResult:
 
     Attributes:
         file: the bytes of ``proof.json``.
-        segments: how many there are. proved: how many of them were proved now, rather than found.
+        steps: of the sequence. segments: how many there are.
+        proved: how many of them were proved now, rather than found.
         prove_seconds: of the proofs made now, in sum. wall_seconds: until all were there.
         peak_bytes: largest memory of one proving process.
         public: as in the verdict.
     """
 
     file: bytes
+    steps: int
     segments: int
     proved: int
     prove_seconds: float
@@ -234,56 +237,125 @@ class ChainSecret:
     @property
     def number(self) -> int:
         """Of the chain; public in the proof."""
-        return int.from_bytes(self._derived("number")[: CHAIN_BITS // 8], "big")
+        return int.from_bytes(self.tag("number")[: CHAIN_BITS // 8], "big")
 
-    def salts(self, position: int) -> list[int]:
-        """Of the state before the segment at this position."""
+    def salts(self, position: int, state: IntArray) -> list[int]:
+        """Of the state before the segment at this position. The same salts never stand behind two states:
+        their commitments would show the difference."""
         if position == 0:
             return list(FIRST_SALTS)
-        parts = (self._derived(f"salt {position} {i}") for i in range(SALTS))
+        own = self.tag("state", position, state.tolist())
+        parts = (hmac.digest(own, str(i).encode(), "sha512") for i in range(SALTS))
         return [int.from_bytes(part, "big") % field.PRIME for part in parts]
 
-    def _derived(self, what: str) -> bytes:
-        return hmac.digest(self.seed, what.encode(), "sha512")
-
-    def tag(self, inputs: IntArray) -> str:
-        """Says whether inputs are those the chain was begun with, and nothing to who has no seed."""
-        content = canonical_json({"shape": list(inputs.shape), "values": inputs.ravel().tolist()})
-        return hmac.digest(self._derived("inputs"), content, "sha256").hex()
+    def tag(self, *content: Any) -> bytes:
+        """A name for what the content is, which says nothing to who has no seed."""
+        return hmac.digest(self.seed, canonical_json(list(content)), "sha512")
 
 
-def witnesses_of(
-    chain: ProvableChain, inputs: IntArray, secret: ChainSecret
-) -> list[tuple[SegmentCircuit, Witness]]:
-    """The witnesses of all segments of a sequence, checked against the interpreter.
+@dataclass(frozen=True)
+class Job:
+    """One segment to be proved: independent of all others, and named by its content.
+
+    Attributes:
+        place: the number of the chain, the position, and of the last segment its steps, else 0.
+        circuit: its circuit. witness: the values. name: of the file that holds its proof.
+    """
+
+    place: tuple[int, int, int]
+    circuit: SegmentCircuit
+    witness: Witness
+    name: str
+
+
+def cut(pieces: Iterable[IntArray], steps: int) -> Iterator[tuple[IntArray, bool]]:
+    """Inputs as they come, cut into segments: each but the last whole, and whether it is the last.
+
+    Only after the last segment is known can it be yielded, so one segment is always held back.
 
     Args:
-        chain: the circuits. inputs: int64 [T, ...]. secret: of the chain.
+        pieces: int64 [any number of steps, ...].
+        steps: of a segment.
+    """
+    held: list[IntArray] = []
+    for piece in pieces:
+        held.append(piece)
+        if sum(map(len, held)) > steps:
+            joined = np.concatenate(held)
+            whole = (len(joined) - 1) // steps * steps
+            for start in range(0, whole, steps):
+                yield joined[start : start + steps], False
+            held = [joined[whole:]]
+    rest = np.concatenate(held) if held else np.zeros(0, np.int64)
+    if not len(rest):
+        raise MambaintError("the input has no steps", "give at least one")
+    yield rest, True
+
+
+def jobs_of(chain: ProvableChain, pieces: Iterable[IntArray], secret: ChainSecret) -> Iterator[Job]:
+    """The segments of a sequence, one after the other, checked against the interpreter.
+
+    Args:
+        chain: the circuits.
+        pieces: of the input, as in :func:`cut`.
+        secret: of the chain.
 
     Raises:
         MambaintError: if the length does not fit, or the circuits compute other integers than the
             specification: an internal fault.
     """
-    length, steps = len(inputs), chain.steps
-    if chain.head is not None and length != chain.graph.seq_len:
-        raise MambaintError(
-            f"the input has {length} steps, the model takes {chain.graph.seq_len}", "give that many"
-        )
-    count = -(-length // steps)
-    padding = np.full((count * steps - length, *inputs.shape[1:]), chain.graph.input.integer("low"), np.int64)
-    padded = np.concatenate([inputs, padding])
-    state, found = chain.first_state, []
-    for i in range(count):
-        last = i == count - 1
+    state, graph = chain.first_state, chain.graph
+    check = _Check(graph, whole=chain.head is not None)
+    for i, (inputs, last) in enumerate(cut(pieces, chain.steps)):
         circuit = chain.head if last and chain.head is not None else chain.segment
-        place = secret.number, i, length - i * steps if last else 0
-        witness = segment_witness(circuit.lowered, padded[i * steps : (i + 1) * steps], state, place)
+        place = secret.number, i, len(inputs) if last else 0
+        if chain.head is not None and (i + 1 == graph.seq_len // chain.steps) != last:
+            raise MambaintError(
+                f"the input does not have the {graph.seq_len} steps that the model takes", "give that many"
+            )
+        padding = np.full(
+            (chain.steps - len(inputs), *inputs.shape[1:]), graph.input.integer("low"), np.int64
+        )
+        padded = np.concatenate([inputs, padding])
+        witness = segment_witness(circuit.lowered, padded, state, place)
+        name = secret.tag("segment", list(place), padded.tolist(), state.tolist()).hex()[:32]
+        after = state_after_witness(circuit.lowered, witness)
         if chain.hidden:
-            witness = replace(witness, salts={STATE_IN: secret.salts(i), STATE_OUT: secret.salts(i + 1)})
-        found.append((circuit, witness))
-        state = state_after_witness(circuit.lowered, witness)
-    _check_logits(chain, padded, found)
-    return found
+            salts = {STATE_IN: secret.salts(i, state), STATE_OUT: secret.salts(i + 1, after)}
+            witness = replace(witness, salts=salts)
+        check(padded, witness)
+        yield Job(place, circuit, witness, f"{name}.json")
+        state = after
+
+
+class _Check:
+    """Compares what the circuits show with the interpreter: step by step, or once the input is whole.
+
+    Args:
+        graph: the model. whole: it cannot run step by step.
+    """
+
+    def __init__(self, graph: Graph, whole: bool) -> None:
+        self._graph = graph
+        self._inputs: list[IntArray] = []
+        # What follows a last step is no part of the state.
+        ends = next((node for node in graph.nodes if node.op == "reduce"), None)
+        self._state = None if whole or ends is not None else DecodingState.of(graph, 1)
+
+    def __call__(self, inputs: IntArray, witness: Witness) -> None:
+        if self._state is not None:
+            steps = [evaluate_step(self._graph, step[None], self._state) for step in inputs]
+            wanted = np.concatenate(steps)
+        else:
+            self._inputs.append(inputs)
+            if "logits" not in witness.public:
+                return
+            wanted = evaluate(self._graph, np.concatenate(self._inputs)[None])
+        if witness.public["logits"] != wanted.ravel().tolist():
+            raise MambaintError(
+                "the circuits and the interpreter disagree on this input",
+                "report this with the model and the input",
+            )
 
 
 def state_after_witness(lowered: LoweredCircuit, witness: Witness) -> IntArray:
@@ -298,75 +370,72 @@ def state_after_witness(lowered: LoweredCircuit, witness: Witness) -> IntArray:
     return np.concatenate(parts)
 
 
-def _check_logits(
-    chain: ProvableChain, padded: IntArray, found: list[tuple[SegmentCircuit, Witness]]
-) -> None:
-    wanted = evaluate(chain.graph, padded[None])[0].ravel().tolist()
-    shown = [v for _, witness in found for v in witness.public.get("logits", [])]
-    if shown[-len(wanted) :] != wanted:
-        raise MambaintError(
-            "the circuits and the interpreter disagree on this input",
-            "report this with the model and the input",
-        )
-
-
 def prove_chain(
     chain: ProvableChain,
-    inputs: IntArray,
+    pieces: Iterable[IntArray],
     folder: Path,
     workers: int = 1,
-    tell: Callable[[int, int], None] = lambda done, total: None,
+    tell: Callable[[int, bool], None] = lambda done, more: None,
     timeout: float | None = None,
 ) -> ChainResult:
     """Prove a sequence as a chain, or go on with one that was begun, and verify it.
 
+    Witnesses are computed in order, no more than one ahead of the provers: the memory does not grow with the
+    length, and segments of a stream are proved while it lasts.
+
     Args:
         chain: the circuits.
-        inputs: int64 [T, ...]; private values never leave this machine.
-        folder: keeps finished segments, and the number of the chain.
+        pieces: of the input, int64 [any number of steps, ...]; private values never leave this machine.
+        folder: keeps finished segments, and the secret of the chain.
         workers: segments that are proved at a time.
-        tell: told how many segments are done, of how many.
+        tell: told how many segments are done, and whether more are to come.
         timeout: seconds before giving a segment up.
 
     Raises:
-        MambaintError: if the folder holds another chain, or a segment cannot be proved.
+        MambaintError: if the folder is of another package, or a segment cannot be proved.
     """
-    package, digest = (
-        decode_chain_package(chain.package, "made here"),
-        hashlib.sha256(chain.package).hexdigest(),
-    )
-    secret = _secret(folder, digest, inputs)
-    number = secret.number
-    work = witnesses_of(chain, inputs, secret)
+    package = decode_chain_package(chain.package, "made here")
+    digest = hashlib.sha256(chain.package).hexdigest()
+    secret = _secret(folder, digest)
     started = time.perf_counter()
-    answers: dict[int, dict[str, Any]] = {}
+    answers: list[dict[str, Any]] = []
     done: dict[int, SegmentProof] = {}
+    steps = 0
 
-    def place(i: int) -> tuple[int, int, int]:
-        return number, i, len(inputs) - i * chain.steps if i == len(work) - 1 else 0
-
-    def one(i: int) -> None:
-        circuit, witness = work[i]
-        path = folder / f"segment-{i:06}.json"
-        found = _finished(path, circuit, witness, place(i))
+    def one(job: Job) -> None:
+        path = folder / job.name
+        found = _finished(path, job)
         if found is None:
-            answers[i] = _prove(circuit, witness, timeout)
-            found = _segment_proof(witness, bytes.fromhex(answers[i]["proof"]))
+            answer = _prove(job.circuit, job.witness, timeout)
+            answers.append(answer)
+            found = _segment_proof(job.witness, bytes.fromhex(answer["proof"]))
             write_bytes(path, _encoded(found))
-        done[i] = found
+        done[job.place[1]] = found
 
     with ThreadPoolExecutor(workers) as pool:
-        jobs = [pool.submit(one, i) for i in range(len(work))]
+        running: set[Future[None]] = set()
+
+        def wait_for(count: int) -> None:
+            """Until at most so many run; the first fault of any is raised."""
+            while len(running) > count:
+                ended, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in ended:
+                    running.discard(future)
+                    future.result()
+                tell(len(done), bool(running))
+
         try:
-            for job in as_completed(jobs):
-                job.result()
-                tell(len(done), len(work))
+            for job in jobs_of(chain, pieces, secret):
+                steps = job.place[1] * chain.steps + job.place[2]
+                wait_for(workers)
+                running.add(pool.submit(one, job))
+            wait_for(0)
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
     wall = time.perf_counter() - started
-    segments = tuple(done[i] for i in range(len(work)))
-    proof = ChainProof(package.model_id, digest, number, len(inputs), segments).encode()
+    segments = tuple(done[i] for i in range(len(done)))
+    proof = ChainProof(package.model_id, digest, secret.number, steps, segments).encode()
     verdict = check_chain(proof, package, digest)
     if not verdict.valid:
         raise MambaintError(
@@ -375,11 +444,12 @@ def prove_chain(
         )
     return ChainResult(
         file=proof,
+        steps=steps,
         segments=len(segments),
         proved=len(answers),
-        prove_seconds=sum(answer["prove_seconds"] for answer in answers.values()),
+        prove_seconds=sum(answer["prove_seconds"] for answer in answers),
         wall_seconds=wall,
-        peak_bytes=max((answer["peak_bytes"] for answer in answers.values()), default=0),
+        peak_bytes=max((answer["peak_bytes"] for answer in answers), default=0),
         public=verdict.public,
     )
 
@@ -408,10 +478,9 @@ def _encoded(segment: SegmentProof) -> bytes:
     return canonical_json(content)
 
 
-def _finished(
-    path: Path, circuit: SegmentCircuit, witness: Witness, place: tuple[int, int, int]
-) -> SegmentProof | None:
+def _finished(path: Path, job: Job) -> SegmentProof | None:
     """A segment that an earlier run has proved; None if there is none, or it is not what it has to be."""
+    witness = job.witness
     if not path.exists():
         return None
     try:
@@ -424,36 +493,32 @@ def _finished(
         )
         if found != _segment_proof(witness, proof):
             return None
-        trusted = decode_package(circuit.package.encode(), "made here")
+        trusted = decode_package(job.circuit.package.encode(), "made here")
         # Whether a commitment is that of the segment before is seen when the chain is whole.
         before = state_before(found, trusted, tuple(witness.public.get(STATE_IN, [])))
-        check_one(found, place, before, trusted)
+        check_one(found, job.place, before, trusted)
     except (InvalidProof, MambaintError, KeyError, TypeError, AttributeError):
         return None
     return found
 
 
-def _secret(folder: Path, digest: str, inputs: IntArray) -> ChainSecret:
+def _secret(folder: Path, digest: str) -> ChainSecret:
     """The secret of the chain that a folder holds, drawn now if it holds none."""
     path = folder / "chain.json"
     if not path.exists():
-        secret = ChainSecret(secrets.token_bytes(32))
         fresh = {
             "format": FORMAT,
             "version": VERSION,
             "purpose": PURPOSE,
             "verifier_package": digest,
-            "seed": secret.seed.hex(),
-            "inputs": secret.tag(inputs),
+            "seed": secrets.token_hex(32),
         }
         write_json(path, fresh, mode=0o600)
-        return secret
     remedy = f"delete the folder {folder}, or choose another"
     content: Any = read_json(path, remedy)
-    fields = {"format", "version", "purpose", "verifier_package", "seed", "inputs"}
+    fields = {"format", "version", "purpose", "verifier_package", "seed"}
     if not isinstance(content, dict) or set(content) != fields or not is_sha256(content["seed"]):
         raise MambaintError(f"{path} is damaged", remedy)
-    secret = ChainSecret(bytes.fromhex(content["seed"]))
-    if (content["verifier_package"], content["inputs"]) != (digest, secret.tag(inputs)):
-        raise MambaintError(f"{folder} holds another chain, begun with another input or model", remedy)
-    return secret
+    if content["verifier_package"] != digest:
+        raise MambaintError(f"{folder} holds a chain of another model or length of segments", remedy)
+    return ChainSecret(bytes.fromhex(content["seed"]))

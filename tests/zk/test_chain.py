@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from zk.chain_package import ChainPackage, decode_chain_package
 from zk.chain_proof import ChainProof, SegmentProof, decode_chain_proof
 from zk.prove import mock
 from zk.prove_chain import (
+    ChainSecret,
     ProvableChain,
     SegmentCircuit,
     prepare_chain,
@@ -81,7 +82,7 @@ def chains(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         graph, _ = random_graph(0, **TEXT)
         chain = prepare_chain(graph, 4, public_states=request.param == "shown")
         folder = tmp_path_factory.mktemp("chains")
-        files = [prove_chain(chain, tokens(seed), folder / str(seed)).file for seed in (0, 1)]
+        files = [prove_chain(chain, [tokens(seed)], folder / str(seed)).file for seed in (0, 1)]
     package = decode_chain_package(chain.package, "test")
     digest = hashlib.sha256(chain.package).hexdigest()
     first, second = (decode_chain_proof(file) for file in files)
@@ -190,7 +191,7 @@ def test_segment_of_another_length_is_of_another_package(
 ) -> None:
     monkeypatch.setenv("MAMBAINT_CACHE", str(cache))
     other = prepare_chain(chains.chain.graph, 8, public_states=not chains.chain.hidden)
-    proof = decode_chain_proof(prove_chain(other, chains.inputs, tmp_path / "c").file)
+    proof = decode_chain_proof(prove_chain(other, [chains.inputs], tmp_path / "c").file)
     assert not chains.verdict(proof).valid
     for steps in (4, 8):
         forged = replace(proof, verifier_package=chains.digest, segments=proof.segments[:1], steps=steps)
@@ -203,7 +204,7 @@ def test_chain_of_another_model_is_refused_under_a_forged_name(
     monkeypatch.setenv("MAMBAINT_CACHE", str(cache))
     graph, _ = random_graph(1, **TEXT)
     chain = prepare_chain(graph, 4, public_states=not chains.chain.hidden)
-    other = decode_chain_proof(prove_chain(chain, tokens(0)[:4], tmp_path / "c").file)
+    other = decode_chain_proof(prove_chain(chain, [tokens(0)[:4]], tmp_path / "c").file)
     assert other.model_id != chains.first.model_id
     forged = replace(other, model_id=chains.first.model_id, verifier_package=chains.digest)
     assert "segment 0" in chains.verdict(forged).reason
@@ -222,24 +223,67 @@ def test_killed_run_goes_on_and_proves_nothing_twice(
 
     monkeypatch.setattr(proving, "_prove", killed)
     with pytest.raises(KeyboardInterrupt):
-        prove_chain(chains.chain, chains.inputs, tmp_path / "c")
+        prove_chain(chains.chain, [chains.inputs], tmp_path / "c")
     monkeypatch.setattr(proving, "_prove", honest)
-    result = prove_chain(chains.chain, chains.inputs, tmp_path / "c")
+    result = prove_chain(chains.chain, [chains.inputs], tmp_path / "c")
     assert (result.segments, result.proved) == (3, 2)
     assert chains.verdict(decode_chain_proof(result.file)).valid
     assert stat.S_IMODE((tmp_path / "c/chain.json").stat().st_mode) == 0o600
     # What was damaged, or is of another place, is proved again.
-    files = sorted((tmp_path / "c").glob("segment-*.json"))
+    files = [path for path in (tmp_path / "c").iterdir() if path.name != "chain.json"]
+    assert len(files) == 3
     files[0].write_bytes(files[0].read_bytes()[:-9])
     files[1].write_bytes(files[2].read_bytes())
-    again = prove_chain(chains.chain, chains.inputs, tmp_path / "c")
+    again = prove_chain(chains.chain, [chains.inputs], tmp_path / "c")
     assert again.proved == 2 and chains.verdict(decode_chain_proof(again.file)).valid
 
 
-def test_folder_of_another_input_is_refused(chains: Chains, tmp_path: Path) -> None:
-    prove_chain(chains.chain, chains.inputs[:4], tmp_path / "c")
-    with pytest.raises(MambaintError, match="another chain"):
-        prove_chain(chains.chain, chains.inputs[1:5], tmp_path / "c")
+def test_input_begun_in_the_folder_of_another_shares_no_segment_and_no_salt(
+    chains: Chains, tmp_path: Path
+) -> None:
+    """Under the same salts two states would show the commitment of their difference."""
+    first = prove_chain(chains.chain, [chains.inputs], tmp_path / "c")
+    second = prove_chain(chains.chain, [tokens(1)], tmp_path / "c")
+    assert (first.proved, second.proved) == (3, 3)
+    assert chains.verdict(decode_chain_proof(second.file)).valid
+    secret = ChainSecret(b"s" * 32)
+    assert secret.salts(1, np.array([1, 2])) != secret.salts(1, np.array([1, 3]))
+    assert secret.salts(1, np.array([1, 2])) == secret.salts(1, np.array([1, 2]))
+
+
+def test_stream_is_proved_while_it_lasts_and_closed_at_any_time(
+    chains: Chains, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    honest, log = proving._prove, []
+
+    def logged(circuit: SegmentCircuit, witness: Witness, timeout: float | None) -> dict[str, Any]:
+        log.append("proof")
+        return honest(circuit, witness, timeout)
+
+    monkeypatch.setattr(proving, "_prove", logged)
+
+    def arriving() -> Iterator[IntArray]:
+        for t in range(LENGTH):
+            log.append("step")
+            yield chains.inputs[t : t + 1]
+
+    result = prove_chain(chains.chain, arriving(), tmp_path / "c")
+    assert (result.steps, result.segments) == (LENGTH, 3)
+    assert log.index("proof") < len(log) - 1 - log[::-1].index("step")
+    verdict = chains.verdict(decode_chain_proof(result.file))
+    assert verdict.valid and verdict.public == chains.verdict(chains.first).public
+
+
+def test_no_steps_are_no_statement(chains: Chains, tmp_path: Path) -> None:
+    with pytest.raises(MambaintError, match="no steps"):
+        prove_chain(chains.chain, [], tmp_path / "c")
+
+
+def test_folder_of_another_package_is_refused(chains: Chains, tmp_path: Path) -> None:
+    prove_chain(chains.chain, [chains.inputs[:4]], tmp_path / "c")
+    other = replace(chains.chain, package=replace(chains.package, segment_steps=5).encode())
+    with pytest.raises(MambaintError, match="another model"):
+        prove_chain(other, [chains.inputs[:4]], tmp_path / "c")
 
 
 def test_every_part_of_a_hidden_state_is_the_one_computed(cache: Path) -> None:

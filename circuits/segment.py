@@ -22,6 +22,10 @@ PLACE = "place"
 """Name of the private tensor that holds a segment's place in its chain."""
 
 
+CARRYING = ("conv", "ssd")
+"""Operations whose memory :class:`Carried` hands on."""
+
+
 @dataclass(frozen=True)
 class Segment:
     """Which stretch a circuit proves.
@@ -54,6 +58,12 @@ def step_unit(graph: Graph) -> int:
     """
     periods = []
     for node in graph.nodes:
+        inputs = [graph.types[name] for name in node.inputs]
+        if node.op not in CARRYING and OPERATIONS[node.op].initial_memory(node, inputs):
+            raise MambaintError(
+                f"the state of '{node.name}' ({node.op}) is not carried from segment to segment",
+                "prove this model in one piece",
+            )
         if node.op == "rotate":
             periods.append(node.integer("period"))
         elif node.op == "ssd":

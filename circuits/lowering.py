@@ -534,8 +534,8 @@ def build_circuit(
             if rows <= 1 << k:
                 return lowered
             reason = f"it needs {lowered.circuit.rows} rows"
-            # Narrower multipliers of a larger table never need more than a few rows fewer.
-            smallest[form] = (rows * 9 // 10 - 1).bit_length()
+            # A wider table saves split remainders and digits: a third of the rows at most was seen.
+            smallest[form] = (rows // 2 - 1).bit_length()
     raise MambaintError(
         f"the circuit does not fit 2^{logrows or LARGEST_LOGROWS} rows: {reason}",
         f"prove a shorter sequence or a smaller model{', or use more rows' if logrows else ''}",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -30,14 +30,31 @@ def _earlier_opening(commit_input: bool, opening: Path | None, reuse_opening: Pa
     return read_opening(reuse_opening) if reuse_opening else None
 
 
+class SegmentSteps(click.ParamType[int]):
+    """A number of steps, or ``auto``, which is 0."""
+
+    name = "steps"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if value == "auto":
+            return 0
+        steps: int = click.IntRange(1).convert(value, param, ctx)
+        return steps
+
+
 @click.command(name="prove")
 @click.option(
     "--input",
     "input_path",
     type=click.Path(path_type=Path),
-    required=True,
     metavar="FILE.json",
     help='The model input, {"input_data": [[...]]}.',
+)
+@click.option(
+    "--stream",
+    is_flag=True,
+    help="With --segment-steps: read the input from standard input while it arrives, a step in JSON a line; "
+    "its end closes the chain.",
 )
 @proving_options
 @click.option(
@@ -63,9 +80,16 @@ def _earlier_opening(commit_input: bool, opening: Path | None, reuse_opening: Pa
 )
 @click.option(
     "--segment-steps",
-    type=click.IntRange(1),
-    metavar="N",
-    help="Prove in linked segments of N steps, with one key pair: any length at the same memory.",
+    type=SegmentSteps(),
+    metavar="N|auto",
+    help="Prove in linked segments of N steps, with one key pair: any length at the same memory. auto: the "
+    "length that makes the chain cheapest.",
+)
+@click.option(
+    "--ram",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="GB",
+    help="With --segment-steps auto: memory that one prover may use  [default: what is free].",
 )
 @click.option(
     "--public-states",
@@ -82,7 +106,8 @@ def _earlier_opening(commit_input: bool, opening: Path | None, reuse_opening: Pa
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
 def command(
-    input_path: Path,
+    input_path: Path | None,
+    stream: bool,
     model: Path | None,
     public_input: bool,
     commit_input: bool,
@@ -94,6 +119,7 @@ def command(
     opening: Path | None,
     reuse_opening: Path | None,
     segment_steps: int | None,
+    ram: float | None,
     public_states: bool,
     workers: int,
     as_json: bool,
@@ -112,6 +138,7 @@ def command(
       mambaint prove --input x.json --commit-input --logrows 14 --out b/proof.json \\
         --model other.mint --reuse-opening a/proof.opening.json
       mambaint prove --input long.json --segment-steps 64 --workers 2
+      sensor | mambaint prove --stream --segment-steps 64
     """
     from dataclasses import replace
 
@@ -127,8 +154,12 @@ def command(
     from zk.provable import prepare, witness_of
     from zk.prove import prove
 
-    if segment_steps is None and (public_states or workers > 1):
-        raise MambaintError("--public-states and --workers are for segments", "give --segment-steps as well")
+    if segment_steps is None and (public_states or workers > 1 or stream or ram is not None):
+        raise MambaintError(
+            "--public-states, --workers, --stream and --ram are for segments", "give --segment-steps as well"
+        )
+    if (input_path is None) != stream:
+        raise MambaintError("the input is given once", "give --input FILE.json, or --stream")
     if segment_steps is not None:
         from cli.segments import prove_in_segments
 
@@ -137,8 +168,9 @@ def command(
                 "segments are proved without --commit-input, openings and --lookups none", "leave them out"
             )
         settings = (segment_steps, public_input, public_states, logrows, srs_path, srs_sha256)
-        prove_in_segments(input_path, resolve_model(model), settings, out, workers, as_json)
+        prove_in_segments(input_path, resolve_model(model), settings, ram, out, workers, as_json)
         return
+    assert input_path is not None
     earlier = _earlier_opening(commit_input, opening, reuse_opening)
     kept = reuse_opening or opening or out.with_name(f"{out.stem}.opening.json")
     if commit_input and earlier is None and kept.exists():

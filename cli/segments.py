@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -16,30 +17,48 @@ Settings = tuple[int, bool, bool, int | None, Path | None, str | None]
 
 
 def prove_in_segments(
-    input_path: Path, model: Path, settings: Settings, out: Path, workers: int, as_json: bool
+    input_path: Path | None,
+    model: Path,
+    settings: Settings,
+    ram: float | None,
+    out: Path,
+    workers: int,
+    as_json: bool,
 ) -> None:
-    """Prove, write the proof and verifier.zip, and print what was done."""
+    """Prove, write the proof and verifier.zip, and print what was done; without a path of a stream."""
     from circuits.segment import reduction
+    from mamba_int.errors import MambaintError
     from mamba_int.files import write_bytes
     from mamba_int.graph import Graph
-    from quantize.input_file import read_input
+    from quantize.input_file import read_input, read_steps
     from zk.prove_chain import prepare_chain, prove_chain
+    from zk.segment_steps import pick_steps
 
     graph = Graph.load(model)
-    inputs = read_input(input_path, graph, any_length=reduction(graph) is None)
+    inputs = None if input_path is None else read_input(input_path, graph, reduction(graph) is None)
     # Beside the proof: a run that goes on finds what is done.
     folder = out.with_name(f"{out.stem}.segments")
     steps, public_input, public_states, logrows, srs_path, srs_sha256 = settings
     with activity(as_json) as say:
+        if not steps and inputs is None:
+            raise MambaintError("a stream has no length to choose from", "give --segment-steps N")
+        if not steps and inputs is not None:
+            memory = None if ram is None else int(ram * 1e9)
+            steps = pick_steps(graph, len(inputs), not public_states, memory, say)
         chain = prepare_chain(graph, steps, public_input, public_states, logrows, srs_path, srs_sha256, say)
-        started, total = time.perf_counter(), -(-len(inputs) // steps)
+        started = time.perf_counter()
+        total = None if inputs is None else -(-len(inputs) // steps)
 
         def tell(done: int, more: bool) -> None:
-            left = (time.perf_counter() - started) / done * (total - done)
-            say(f"proving, {done} of {total} segments, about {left:.0f} s left")
+            if total is None:
+                say(f"proving the stream, {done} segments done")
+            else:
+                left = (time.perf_counter() - started) / done * (total - done)
+                say(f"proving, {done} of {total} segments, about {left:.0f} s left")
 
-        say(f"proving {total} segments")
-        proof = prove_chain(chain, [inputs], folder, workers, tell)
+        say("proving")
+        pieces = read_steps(sys.stdin, graph) if inputs is None else [inputs]
+        proof = prove_chain(chain, pieces, folder, workers, tell)
     verifier = out.parent / "verifier.zip"
     write_bytes(verifier, chain.package)
     write_bytes(out, proof.file)
@@ -49,7 +68,7 @@ def prove_in_segments(
     circuit = chain.segment.lowered.circuit
     result = {
         "model_id": graph.model_id,
-        "steps": len(inputs),
+        "steps": proof.steps,
         "segments": proof.segments,
         "segment_steps": steps,
         "proved_now": proof.proved,

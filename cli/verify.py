@@ -22,6 +22,18 @@ def _predicted(verdict: Verdict) -> str | None:
     return str(classes[logits.index(max(logits))])
 
 
+def _positions(only: str | None) -> range | None:
+    """The segments that ``I..J`` names, J among them."""
+    from mamba_int.errors import MambaintError
+
+    if only is None:
+        return None
+    first, dots, last = only.partition("..")
+    if not (first.isdecimal() and dots and last.isdecimal() and int(first) <= int(last)):
+        raise MambaintError(f"--only {only} is not of the form I..J", "give two positions, such as 0..3")
+    return range(int(first), int(last) + 1)
+
+
 def _shown(values: list[int]) -> str:
     head = " ".join(str(value) for value in values[:32])
     return head if len(values) <= 32 else f"{head} ... ({len(values)} values)"
@@ -29,7 +41,8 @@ def _shown(values: list[int]) -> str:
 
 def _lines(verdict: Verdict, verifier: Path) -> list[str]:
     if not verdict.valid:
-        lines = [f"INVALID: {verdict.reason}"]
+        partial = verdict.reason.startswith("partial: ")
+        lines = [f"PARTIAL: {verdict.reason[9:]}" if partial else f"INVALID: {verdict.reason}"]
     else:
         lines = [f"VALID in {verdict.verify_seconds * 1000:.0f} ms"]
         if "segments" in verdict.statement:
@@ -82,6 +95,11 @@ def _lines(verdict: Verdict, verifier: Path) -> list[str]:
     help="Verifier package to trust for OTHER.  [default: verifier.zip beside it]",
 )
 @click.option(
+    "--only",
+    metavar="I..J",
+    help="Of a proof in segments: check segments I to J alone. No proof of the whole: the exit code is 1.",
+)
+@click.option(
     "--workers",
     type=click.IntRange(1),
     default=1,
@@ -99,6 +117,7 @@ def command(
     srs_path: Path | None,
     same_input: Path | None,
     other_verifier: Path | None,
+    only: str | None,
     workers: int,
     as_json: bool,
 ) -> None:
@@ -112,6 +131,7 @@ def command(
     Example:
       mambaint verify proof.json --verifier verifier.zip
       mambaint verify a/proof.json --same-input b/proof.json
+      mambaint verify long.json --workers 2
     """
     from mamba_int.errors import MambaintError
     from zk.chain_proof import is_chain
@@ -131,7 +151,9 @@ def command(
             raise MambaintError(
                 "--rederive and --same-input are for proofs in one piece", "leave them out for a chain"
             )
-        verdict = verify_chain(proof, trusted, expected, workers)
+        verdict = verify_chain(proof, trusted, expected, workers, _positions(only))
+    elif only is not None:
+        raise MambaintError(f"{proof} is a proof in one piece", "leave out --only")
     elif rederive is None and same_input is None:
         verdict = verify(proof, trusted, expected)
     elif rederive is not None:

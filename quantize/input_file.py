@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,38 @@ def read_input(path: Path, graph: Graph, any_length: bool = False) -> IntArray:
         expected = len(places)
     if len(places) != expected:
         raise MambaintError(f"{path} holds {len(places)} numbers, the model takes {expected}", remedy)
+    return _integers(places, graph, path)
+
+
+def read_steps(stream: Iterable[str], graph: Graph) -> Iterator[IntArray]:
+    """Read an input step by step, as it arrives.
+
+    Args:
+        stream: lines, each with one step in JSON: a token id, or a list of features as in :func:`read_input`.
+        graph: the model.
+
+    Yields:
+        int64 [1, features], or [1] token ids.
+
+    Raises:
+        MambaintError: naming the line and the value at fault.
+    """
+    features = graph.input.integer("features")
+    for number, line in enumerate(stream, 1):
+        if not line.strip():
+            continue
+        source = Path(f"line {number}")
+        step = parse_json(line.encode(), str(source))
+        remedy = f"give a list of {features} numbers a line" if features else "give a token id a line"
+        if isinstance(step, list) != bool(features):
+            raise MambaintError(f"{source} is no step of the model", remedy)
+        yield _integers(_flatten([step], features, source, remedy), graph, source)
+
+
+def _integers(places: list[tuple[str, Any]], graph: Graph, path: Path) -> IntArray:
+    """The model's integers of the numbers of a file or a line."""
+    features = graph.input.integer("features")
+    remedy = f'give {{"input_data": [[...]]}} with {_wanted(graph)}'
     for place, value in places:
         # bool is an int to Python
         if type(value) not in (int, float) or not _finite(value):

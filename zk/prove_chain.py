@@ -31,6 +31,7 @@ from mamba_int.interpreter import evaluate, evaluate_step
 from zk import field
 from zk.chain_package import ChainPackage, decode_chain_package
 from zk.chain_proof import ChainProof, SegmentProof
+from zk.estimate import available_memory
 from zk.identity import is_sha256
 from zk.jobs import pack_circuit, pack_witness
 from zk.keys import Keys, job_timeout, make_keys
@@ -387,7 +388,7 @@ def prove_chain(
         chain: the circuits.
         pieces: of the input, int64 [any number of steps, ...]; private values never leave this machine.
         folder: keeps finished segments, and the secret of the chain.
-        workers: segments that are proved at a time.
+        workers: segments that are proved at a time, fewer if they would not fit the memory.
         tell: told how many segments are done, and whether more are to come.
         timeout: seconds before giving a segment up.
 
@@ -412,6 +413,7 @@ def prove_chain(
             write_bytes(path, _encoded(found))
         done[job.place[1]] = found
 
+    workers = fitting(workers, chain)
     with ThreadPoolExecutor(workers) as pool:
         running: set[Future[None]] = set()
 
@@ -452,6 +454,14 @@ def prove_chain(
         peak_bytes=max((answer["peak_bytes"] for answer in answers), default=0),
         public=verdict.public,
     )
+
+
+def fitting(workers: int, chain: ProvableChain) -> int:
+    """As many of these workers as the free memory holds, each with one proof; at least one."""
+    circuits = (chain.segment, *([] if chain.head is None else [chain.head]))
+    needed = max(circuit.keys.peak_bytes for circuit in circuits)
+    free = available_memory()
+    return workers if free is None else max(1, min(workers, free // needed))
 
 
 def _prove(circuit: SegmentCircuit, witness: Witness, timeout: float | None) -> dict[str, Any]:

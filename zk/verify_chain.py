@@ -22,9 +22,16 @@ from zk.package import MAX_REASON, Package
 from zk.proof import InvalidProof
 from zk.verify import Verdict, check_segment, read_proof, rebuild_instances
 
+PARTIAL = "partial"
+"""The first word of the reason where all that was asked for verifies, but not all was asked for."""
+
 
 def verify_chain(
-    proof_path: Path, package_path: Path, expected_model_id: str | None = None, workers: int = 1
+    proof_path: Path,
+    package_path: Path,
+    expected_model_id: str | None = None,
+    workers: int = 1,
+    only: range | None = None,
 ) -> Verdict:
     """Check the proof file of a chain against the package file of one; see :func:`zk.verify.verify`.
 
@@ -33,12 +40,13 @@ def verify_chain(
         package_path: trusted.
         expected_model_id: the model the proof has to be about, if you know it.
         workers: segments that are checked at a time.
+        only: check the segments at these positions alone: the verdict says so, and is not valid.
 
     Raises:
         MambaintError: if the check cannot be made.
     """
     package, digest = read_chain_package(package_path)
-    return check_chain(read_proof(proof_path), package, digest, expected_model_id, workers)
+    return check_chain(read_proof(proof_path), package, digest, expected_model_id, workers, only)
 
 
 def check_chain(
@@ -47,6 +55,7 @@ def check_chain(
     package_sha256: str,
     expected_model_id: str | None = None,
     workers: int = 1,
+    only: range | None = None,
 ) -> Verdict:
     """:func:`verify_chain` on content already in memory."""
     require_version(package)
@@ -57,11 +66,18 @@ def check_chain(
     try:
         proof = decode_chain_proof(raw_proof)
         _check_form(proof, package, package_sha256, expected_model_id)
-        places = range(len(proof.segments))
+        places = range(len(proof.segments)) if only is None else only
+        if not 0 <= places.start < places.stop <= len(proof.segments):
+            raise InvalidProof(f"it has segments 0 to {len(proof.segments) - 1}")
         with ThreadPoolExecutor(workers) as pool:
             # In order, so that the first fault is the one that is named.
             for _ in pool.map(lambda i: _check_place(proof, i, package), places):
                 pass
+        if only is not None:
+            raise InvalidProof(
+                f"{PARTIAL}: segments {places.start} to {places.stop - 1} of {len(proof.segments)} verify "
+                "where they stand; nothing is said of the others, so this is no proof of the sequence"
+            )
         public = _public_values(proof, package)
         statement |= {"seq_len": proof.steps, "segments": len(proof.segments)}
     except InvalidProof as error:

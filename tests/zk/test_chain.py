@@ -15,7 +15,7 @@ import pytest
 
 from circuits.cells import Values
 from circuits.circuit import Witness
-from circuits.lowering import build_circuit
+from circuits.lowering import MARGIN_ROWS, build_circuit, lower
 from circuits.segment import PLACE, Segment, initial_state, leaving, named_state, reduction, step_unit
 from mamba_int.errors import MambaintError
 from mamba_int.graph import Graph, IntArray
@@ -34,6 +34,7 @@ from zk.prove_chain import (
     segment_witness,
     state_after_witness,
 )
+from zk.segment_steps import BYTES_PER_ROW, pick_steps
 from zk.verify import Verdict
 from zk.verify_chain import check_chain, check_one, state_before
 
@@ -272,6 +273,50 @@ def test_stream_is_proved_while_it_lasts_and_closed_at_any_time(
     assert log.index("proof") < len(log) - 1 - log[::-1].index("step")
     verdict = chains.verdict(decode_chain_proof(result.file))
     assert verdict.valid and verdict.public == chains.verdict(chains.first).public
+
+
+def test_part_of_a_chain_is_never_valid_and_says_so(chains: Chains) -> None:
+    """A part that verifies must not pass for the whole, and one that does not must not pass for a part."""
+
+    def part(proof: ChainProof, only: range) -> Verdict:
+        return check_chain(proof.encode(), chains.package, chains.digest, only=only)
+
+    honest = part(chains.first, range(1, 3))
+    assert not honest.valid and honest.reason.startswith("partial: segments 1 to 2 of 3")
+    assert honest.public == {}
+    assert part(chains.first, range(3)).reason.startswith("partial")
+    forged = with_segments(chains.first, chains.first.segments[0], *chains.second.segments[1:])
+    assert part(forged, range(1)).reason.startswith("partial")
+    assert part(forged, range(1, 2)).reason.startswith("segment 1")
+    for only in (range(2, 4), range(3, 3), range(-1, 1)):
+        assert "0 to 2" in part(chains.first, only).reason
+
+
+def test_no_more_workers_than_the_memory_holds(chains: Chains, monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = chains.chain.segment.keys.peak_bytes
+    for free, workers in ((3 * needed, 3), (3 * needed - 1, 2), (1, 1), (None, 8)):
+        monkeypatch.setattr(proving, "available_memory", lambda free=free: free)
+        assert proving.fitting(8, chains.chain) == workers
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_length_that_is_picked_is_the_cheapest_that_fits(
+    hidden: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph, _ = random_graph(0, **TEXT)
+    monkeypatch.setattr("zk.segment_steps.stored_calibration", lambda: None)
+    memory = BYTES_PER_ROW << 15
+
+    def rows(steps: int, logrows: int) -> int:
+        segment = Segment(steps, hidden=hidden)
+        return lower(graph, logrows, False, True, segment=segment).circuit.rows + MARGIN_ROWS
+
+    steps = pick_steps(graph, 100, hidden, memory)
+    sizes = {s: next((k for k in (14, 15) if rows(s, k) <= 1 << k), 0) for s in range(4, 101, 4)}
+    costs = {s: -(-100 // s) << k for s, k in sizes.items() if k}
+    assert -(-100 // steps) << sizes[steps] == min(costs.values())
+    with pytest.raises(MambaintError, match="memory"):
+        pick_steps(graph, 100, hidden, BYTES_PER_ROW << 9)
 
 
 def test_no_steps_are_no_statement(chains: Chains, tmp_path: Path) -> None:

@@ -41,6 +41,14 @@ SMALLEST_LOGROWS = 8
 LARGEST_LOGROWS = 20
 COMMITTED_INPUT = "input"
 """ONNX input that holds the model input alone, where a proof commits to it."""
+CHAIN = "chain"
+"""Public values that bind a segment to its place: the number of its chain, its position, and of the last
+segment its steps, else 0."""
+CHAIN_VALUES = 3
+CHAIN_BITS = 128
+"""Of the number of a chain, which is drawn at random."""
+STATE_IN, STATE_OUT = "state_in", "state_out"
+"""Names of the states before and after a segment, as public values or as committed inputs."""
 SALTS = 8
 """Random field elements behind the values of a committed input.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,10 +13,15 @@ from numpy.typing import NDArray
 
 from circuits.cells import CHALLENGE, Cells, CircuitTooNarrow, Ids, Values
 from circuits.circuit import (
+    CHAIN,
+    CHAIN_BITS,
+    CHAIN_VALUES,
     COMMITTED_INPUT,
     LARGEST_LOGROWS,
     SALTS,
     SMALLEST_LOGROWS,
+    STATE_IN,
+    STATE_OUT,
     Circuit,
     InputTensor,
     PublicTensor,
@@ -41,6 +46,7 @@ from circuits.gadgets.values import (
     clamp_from_zero,
 )
 from circuits.polynomials import SQUARE, PolynomialCells
+from circuits.segment import PLACE, Carried, Segment, check_steps, leaving, reduction, types_of
 from mamba_int.errors import MambaintError
 from mamba_int.graph import Graph, Node, TensorType
 from mamba_int.operations.choice import Table
@@ -49,6 +55,8 @@ MARGIN_ROWS = 12
 """Rows EZKL needs beyond those of the circuit."""
 MODEL_INPUT = "model_input"
 """Name of the private tensor that holds the model input; shown in public, it is the output ``input``."""
+CLAIM_WIDTH = 64
+"""Cells of a row of a claim that two lists are equal."""
 COLUMN_MARGIN = 64
 """Rows of a column that a committed input cannot fill."""
 FORCED = {"claims": 0, "anchor": 0, "zeros": 0, "squares": SQUARE}
@@ -74,9 +82,11 @@ class _Relu(Value):
 class _Lowering:
     """Walks the graph from its output: a tensor that nothing asks for makes no cells."""
 
-    def __init__(self, graph: Graph, cells: Cells) -> None:
+    def __init__(self, graph: Graph, cells: Cells, segment: Segment | None = None) -> None:
         self.graph = graph
         self.cells = cells
+        self.types = graph.types if segment is None else types_of(graph, segment)
+        self.carried = None if segment is None else Carried(cells)
         self.made: dict[str, Value] = {}
 
     def value(self, name: str) -> Value:
@@ -84,7 +94,7 @@ class _Lowering:
         if name not in self.made:
             for node in self.graph.nodes:
                 if node.name not in self.made:
-                    self.made[node.name] = GADGETS[node.op](self, node, self.graph.types[node.name])
+                    self.made[node.name] = GADGETS[node.op](self, node, self.types[node.name])
                 if node.name == name:
                     break
         return self.made[name]
@@ -108,15 +118,12 @@ def _given(get: Any) -> Values:
 
 
 def _embedding(low: _Lowering, node: Node, tensor: TensorType) -> Value:
-    """A one-hot row that points at the token; then dots with the table."""
+    """A one-hot row that points at the token; then the table as a matrix."""
     b, rows = low.cells, np.asarray(node.constants["table"])
     (source,) = low.operands(node)
-
-    def emit() -> Ids:
-        hot = pointer(b, node.name, source.cells(), 0, len(rows))
-        return b.dot("tv,vd->td", hot, b.constant(rows), (tensor.low, tensor.high))
-
-    return Computed(b, node.name, tensor, emit)
+    chosen = TensorType((*source.type.shape, len(rows)), 0, 1)
+    hot = Computed(b, f"{node.name}.row", chosen, lambda: pointer(b, node.name, source.cells(), 0, len(rows)))
+    return linear(hot, node.name, tensor, rows.T, None)
 
 
 def _linear(low: _Lowering, node: Node, tensor: TensorType) -> Value:
@@ -125,7 +132,7 @@ def _linear(low: _Lowering, node: Node, tensor: TensorType) -> Value:
 
 
 def _conv(low: _Lowering, node: Node, tensor: TensorType) -> Value:
-    return conv(low.operands(node)[0], node, tensor)
+    return conv(low.operands(node)[0], node, tensor, low.carried)
 
 
 def _terms(value: Value) -> list[tuple[Ids, int]]:
@@ -218,7 +225,7 @@ def _rotate(low: _Lowering, node: Node, tensor: TensorType) -> Value:
 
 
 def _ssd(low: _Lowering, node: Node, tensor: TensorType) -> Value:
-    return ssd(low.operands(node), node, tensor)
+    return ssd(low.operands(node), node, tensor, low.carried)
 
 
 def _scan(low: _Lowering, node: Node, tensor: TensorType) -> Value:
@@ -248,19 +255,28 @@ def _concat(low: _Lowering, node: Node, tensor: TensorType) -> Value:
 
 
 def _reduce(low: _Lowering, node: Node, tensor: TensorType) -> Value:
-    (source,), b = low.operands(node), low.cells
-    if node.attributes["kind"] == "last":
+    (source,), b, kind = low.operands(node), low.cells, str(node.attributes["kind"])
+    if kind == "last":
         return Computed(b, node.name, tensor, lambda: source.cells()[-1])
-    if node.attributes["kind"] == "max":
-        return Computed(b, node.name, tensor, lambda: _largest(b, source.cells(), tensor))
+    # Of the steps before a segment: their sum, or the largest so far.
+    before: list[Ids] = []
+    if low.carried is not None:
+        first = source.type.low if kind == "max" else 0
+        low_end, high_end = min(tensor.low, first), max(tensor.high, first)
+        before = [low.carried.enter(f"{node.name}:{kind}", tensor.shape, low_end, high_end, first)]
 
     def terms() -> list[tuple[Ids, int]]:
-        return [(ids[t], c) for ids, c in _terms(source) for t in range(len(ids))]
+        return [(ids[t], c) for ids, c in _terms(source) for t in range(len(ids))] + [(s, 1) for s in before]
 
-    return Combination(b, node.name, tensor, terms)
+    value: Value = Combination(b, node.name, tensor, terms)
+    if kind == "max":
+        value = Computed(b, node.name, tensor, lambda: _largest(b, [*before, *source.cells()], tensor))
+    if low.carried is not None:
+        low.carried.leave(f"{node.name}:{kind}", value.cells)
+    return value
 
 
-def _largest(b: Cells, steps: Ids, tensor: TensorType) -> Ids:
+def _largest(b: Cells, steps: Sequence[Ids], tensor: TensorType) -> Ids:
     """max over the first axis, step by step: max(m, x) = m + max(x - m, 0), which stays within x's interval.
 
     Nothing in it is private: the lookups compute it, and prove the differences in the table.
@@ -309,12 +325,14 @@ class LoweredCircuit:
         cells: the constraint graph.
         outputs: its public cells, by name.
         tensors: cells of the graph's tensors that became cells as such, by node name.
+        carried: of a segment: the state that enters and leaves.
     """
 
     circuit: Circuit
     cells: Cells
     outputs: Mapping[str, Ids]
     tensors: Mapping[str, Ids]
+    carried: Carried | None = None
 
     @property
     def cost(self) -> dict[str, Counter[str]]:
@@ -326,6 +344,7 @@ class LoweredCircuit:
         inputs: NDArray[np.int64],
         lies: Mapping[str, Callable[[Values], Values]] | None = None,
         trace: dict[str, Values] | None = None,
+        given: Mapping[str, NDArray[np.int64]] | None = None,
     ) -> Witness:
         """All private and public values of one inference.
 
@@ -333,8 +352,9 @@ class LoweredCircuit:
             inputs: the model input without batch axis.
             lies: private tensor -> what a lying prover makes of its honest values (tests).
             trace: if given, receives the value of every graph tensor that has cells of its own.
+            given: of a segment: the parts of the state that enter, and ``place``.
         """
-        values = self.cells.evaluate({MODEL_INPUT: inputs}, lies)
+        values = self.cells.evaluate({MODEL_INPUT: inputs, **(given or {})}, lies)
         if trace is not None:
             trace.update({name: values.get(ids) for name, ids in self.tensors.items()})
         firsts = {base.name: base for base in self.cells.bases if base.op == "private"}
@@ -354,27 +374,30 @@ def _all(first: int, size: int) -> Ids:
     return np.arange(first, first + size, dtype=np.int64)
 
 
-def _group(cells: Cells, logrows: int, committed: bool, commit_input: bool) -> tuple[InputTensor, ...]:
-    """The private tensors as ONNX inputs; a committed one has to fit a column."""
+def _group(
+    cells: Cells, logrows: int, committed: bool, alone: Mapping[str, Sequence[str]]
+) -> tuple[InputTensor, ...]:
+    """The private tensors as ONNX inputs; a committed one has to fit a column.
+
+    Args:
+        alone: inputs that are to hold these tensors, in this order, and nothing else; they come first.
+    """
     room = (1 << logrows) - COLUMN_MARGIN - SALTS if committed else sum(b.size for b in cells.bases)
-    groups: list[list[tuple[str, int]]] = []
-    if commit_input:
-        groups.append([])
+    sizes = {base.name: base.size for base in cells.bases if base.op == "private"}
+    groups = [[(member, sizes.pop(member)) for member in members] for members in alone.values()]
+    for name, group in zip(alone, groups, strict=True):
+        if sum(size for _, size in group) > room:
+            raise CircuitTooNarrow(name, sum(size for _, size in group))
     used = room
-    for base in cells.bases:
-        if base.op != "private":
-            continue
-        if base.size > room:
-            raise CircuitTooNarrow(base.name, base.size)
-        if commit_input and base.name == MODEL_INPUT:
-            groups[0].append((base.name, base.size))
-            continue
-        if used + base.size > room:
+    for name, size in sizes.items():
+        if size > room:
+            raise CircuitTooNarrow(name, size)
+        if used + size > room:
             groups.append([])
             used = 0
-        groups[-1].append((base.name, base.size))
-        used += base.size
-    names = [COMMITTED_INPUT] if commit_input else []
+        groups[-1].append((name, size))
+        used += size
+    names = list(alone)
     names += [f"witness{i}" if i else "witness" for i in range(len(groups) - len(names))]
     return tuple(
         InputTensor(name, tuple(members), committed) for name, members in zip(names, groups, strict=True)
@@ -388,6 +411,7 @@ def lower(
     challenged: bool = False,
     commit_input: bool = False,
     lookups: bool = True,
+    segment: Segment | None = None,
 ) -> LoweredCircuit:
     """Build the circuit for one number of rows.
 
@@ -395,19 +419,26 @@ def lower(
         CircuitTooNarrow: if some quotient does not fit the lookup table, or a private tensor no column.
     """
     cells = Cells(logrows, challenged) if lookups else PolynomialCells(challenged)
-    lowering = _Lowering(graph, cells)
-    logits = lowering.value(graph.output).cells()
+    lowering = _Lowering(graph, cells, segment)
     outputs: dict[str, Ids] = {}
-    if public_input:
-        outputs["input"] = lowering.value(graph.input.name).cells().ravel()
-    outputs["logits"] = logits.ravel()
+    if segment is None:
+        logits = lowering.value(graph.output).cells()
+        if public_input:
+            outputs["input"] = lowering.value(graph.input.name).cells().ravel()
+        outputs["logits"] = logits.ravel()
+    else:
+        outputs |= _segment_outputs(lowering, segment, public_input)
     # Closing may make a claim itself.
     residues = cells.close()
     if cells.claims:
         outputs |= {CHALLENGE: cells.power(1), "claims": np.concatenate(cells.claims)}
     outputs |= residues
-    committed = bool(cells.claims) or commit_input
-    groups = _group(cells, logrows, committed, commit_input)
+    alone: dict[str, Sequence[str]] = {COMMITTED_INPUT: [MODEL_INPUT]} if commit_input else {}
+    if segment is not None and segment.hidden and lowering.carried is not None:
+        parts = list(lowering.carried.shapes)
+        alone |= {STATE_IN: parts} | ({} if segment.head else {STATE_OUT: [leaving(name) for name in parts]})
+    committed = bool(cells.claims or alone)
+    groups = _group(cells, logrows, committed, alone)
     salts = SALTS * len(groups) if committed else 0
     onnx_bytes = write_onnx(cells, groups, outputs)
     instances = sum(ids.size for ids in outputs.values())
@@ -424,7 +455,44 @@ def lower(
         lookups=lookups,
     )
     tensors = {name: value._cells for name, value in lowering.made.items() if value._cells is not None}
-    return LoweredCircuit(circuit, cells, outputs, tensors)
+    return LoweredCircuit(circuit, cells, outputs, tensors, lowering.carried)
+
+
+def _segment_outputs(lowering: _Lowering, segment: Segment, public_input: bool) -> dict[str, Ids]:
+    """The public cells of a segment: its place in its chain, the states on both sides, what it computes."""
+    graph, carried, outputs = lowering.graph, lowering.carried, {}
+    assert carried is not None
+    ends = reduction(graph)
+    last = graph.output if ends is None or segment.head else ends.name
+    value = lowering.value(last)
+    logits = value.cells() if last == graph.output else None
+    if public_input:
+        outputs["input"] = lowering.value(graph.input.name).cells().ravel()
+    # Nothing reads these cells: that they are among the public values binds the proof to them.
+    outputs[CHAIN] = lowering.cells.private(PLACE, (CHAIN_VALUES,), 0, 1 << CHAIN_BITS, _given)
+    if segment.hidden:
+        if not segment.head:
+            _claim_equal(lowering.cells, *carried.copied())
+    else:
+        outputs[STATE_IN] = carried.entered()
+        if not segment.head:
+            outputs[STATE_OUT] = carried.left()
+    if logits is not None:
+        outputs["logits"] = logits.ravel()
+    return outputs
+
+
+def _claim_equal(b: Cells, first: Ids, second: Ids) -> None:
+    """Claim that as many cells are the same field elements, pair by pair: each weighs a power of its own."""
+    with b.part(STATE_OUT):
+        rows, columns = b.weights(-(-first.size // CLAIM_WIDTH), CLAIM_WIDTH)
+        parts = []
+        for ids, sign in ((first, 1), (second, -1)):
+            # What is beyond the end is the first cell again, in both.
+            filled = np.append(ids, np.broadcast_to(first[:1], (rows.size * CLAIM_WIDTH - ids.size,)))
+            sums = b.dot("ij,j->i", filled.reshape(rows.size, CLAIM_WIDTH), columns)
+            parts.append((b.dot("ai,i->a", sums[None], rows), sign))
+        b.claim(parts)
 
 
 def build_circuit(
@@ -434,6 +502,7 @@ def build_circuit(
     challenged: bool | None = None,
     commit_input: bool = False,
     lookups: bool = True,
+    segment: Segment | None = None,
 ) -> LoweredCircuit:
     """Build the circuit of a graph with the fewest rows (a power of two) that hold it.
 
@@ -445,10 +514,15 @@ def build_circuit(
             costs a column.
         commit_input: commit to the model input alone, so that two proofs can be shown to share it.
         lookups: check ranges by a lookup table, or else by polynomial constraints alone.
+        segment: prove this stretch of a sequence instead of ``graph.seq_len`` steps from the first.
 
     Raises:
-        MambaintError: if no allowed number of rows holds the circuit.
+        MambaintError: if the stretch cannot be cut, or no allowed number of rows holds the circuit.
     """
+    if segment is not None:
+        check_steps(graph, segment)
+        # What is committed to is compared at a random point.
+        challenged = True if segment.hidden else challenged
     reason = ""
     forms = [False, True] if challenged is None else [challenged]
     # A form that is too long for 2^k rows is not tried again before 2^k holds what it needed.
@@ -458,7 +532,7 @@ def build_circuit(
             if not logrows and k < smallest[form]:
                 continue
             try:
-                lowered = lower(graph, k, public_input, form, commit_input, lookups)
+                lowered = lower(graph, k, public_input, form, commit_input, lookups, segment)
             except CircuitTooNarrow as narrow:
                 reason = f"{narrow}, beyond the lookup table"
                 continue
@@ -466,8 +540,8 @@ def build_circuit(
             if rows <= 1 << k:
                 return lowered
             reason = f"it needs {lowered.circuit.rows} rows"
-            # Narrower multipliers of a larger table never need more than a few rows fewer.
-            smallest[form] = (rows * 9 // 10 - 1).bit_length()
+            # A wider table saves split remainders and digits: a third of the rows at most was seen.
+            smallest[form] = (rows // 2 - 1).bit_length()
     raise MambaintError(
         f"the circuit does not fit 2^{logrows or LARGEST_LOGROWS} rows: {reason}",
         f"prove a shorter sequence or a smaller model{', or use more rows' if logrows else ''}",

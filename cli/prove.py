@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -30,14 +30,31 @@ def _earlier_opening(commit_input: bool, opening: Path | None, reuse_opening: Pa
     return read_opening(reuse_opening) if reuse_opening else None
 
 
+class SegmentSteps(click.ParamType[int]):
+    """A number of steps, or ``auto``, which is 0."""
+
+    name = "steps"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if value == "auto":
+            return 0
+        steps: int = click.IntRange(1).convert(value, param, ctx)
+        return steps
+
+
 @click.command(name="prove")
 @click.option(
     "--input",
     "input_path",
     type=click.Path(path_type=Path),
-    required=True,
     metavar="FILE.json",
     help='The model input, {"input_data": [[...]]}.',
+)
+@click.option(
+    "--stream",
+    is_flag=True,
+    help="With --segment-steps: read the input from standard input while it arrives, a step in JSON a line; "
+    "its end closes the chain.",
 )
 @proving_options
 @click.option(
@@ -61,9 +78,36 @@ def _earlier_opening(commit_input: bool, opening: Path | None, reuse_opening: Pa
     help="Commit with the salts of an earlier proof of the same input, so that both proofs show the same "
     "commitment. Needs the same SRS and the same number of rows (--logrows).",
 )
+@click.option(
+    "--segment-steps",
+    type=SegmentSteps(),
+    metavar="N|auto",
+    help="Prove in linked segments of N steps, with one key pair: any length at the same memory. auto: the "
+    "length that makes the chain cheapest.",
+)
+@click.option(
+    "--ram",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="GB",
+    help="With --segment-steps auto: memory that one prover may use  [default: what is free].",
+)
+@click.option(
+    "--public-states",
+    is_flag=True,
+    help="With --segment-steps: show the states between segments, which say much of the input, instead of "
+    "committing to them: a few rows less.",
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="With --segment-steps: segments proved at a time; each takes the memory of one proof.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
 def command(
-    input_path: Path,
+    input_path: Path | None,
+    stream: bool,
     model: Path | None,
     public_input: bool,
     commit_input: bool,
@@ -74,12 +118,17 @@ def command(
     out: Path,
     opening: Path | None,
     reuse_opening: Path | None,
+    segment_steps: int | None,
+    ram: float | None,
+    public_states: bool,
+    workers: int,
     as_json: bool,
 ) -> None:
     """Prove that a model gives its answer on an input, which stays private unless --public-input.
 
     Writes the proof, and beside it verifier.zip: what a verifying party needs, and must get from someone
-    it trusts. Keys are made on first use and cached.
+    it trusts. Keys are made on first use and cached. A run in segments that was interrupted goes on when the
+    command is given again.
 
     \b
     Example:
@@ -88,6 +137,8 @@ def command(
       mambaint prove --input x.json --commit-input --logrows 14 --out a/proof.json
       mambaint prove --input x.json --commit-input --logrows 14 --out b/proof.json \\
         --model other.mint --reuse-opening a/proof.opening.json
+      mambaint prove --input long.json --segment-steps 64 --workers 2
+      sensor | mambaint prove --stream --segment-steps 64
     """
     from dataclasses import replace
 
@@ -103,6 +154,23 @@ def command(
     from zk.provable import prepare, witness_of
     from zk.prove import prove
 
+    if segment_steps is None and (public_states or workers > 1 or stream or ram is not None):
+        raise MambaintError(
+            "--public-states, --workers, --stream and --ram are for segments", "give --segment-steps as well"
+        )
+    if (input_path is None) != stream:
+        raise MambaintError("the input is given once", "give --input FILE.json, or --stream")
+    if segment_steps is not None:
+        from cli.segments import prove_in_segments
+
+        if commit_input or opening or reuse_opening or lookups != "table":
+            raise MambaintError(
+                "segments are proved without --commit-input, openings and --lookups none", "leave them out"
+            )
+        settings = (segment_steps, public_input, public_states, logrows, srs_path, srs_sha256)
+        prove_in_segments(input_path, resolve_model(model), settings, ram, out, workers, as_json)
+        return
+    assert input_path is not None
     earlier = _earlier_opening(commit_input, opening, reuse_opening)
     kept = reuse_opening or opening or out.with_name(f"{out.stem}.opening.json")
     if commit_input and earlier is None and kept.exists():

@@ -203,21 +203,17 @@ def _windows(graph: Graph) -> int:
 def _compare(graph: Graph, onnx: bytes, inputs: IntArray) -> Equality:
     """Compare PyTorch and ONNX Runtime with NumPy on every tensor, and the file itself on the logits."""
     from circuits.runtime import OnnxRunner
-    from quantize.equality import Tracer, compare, torch_tracer
+    from quantize.equality import compare, joined, torch_tracer
 
     short = _traced(graph)
-    tracers: dict[str, Tracer] = {"PyTorch": torch_tracer(short), "ONNX Runtime": OnnxRunner(short)}
-    runners = {"model.onnx": OnnxRunner(onnx)}
-    if short is graph:
-        return compare(graph, inputs, tracers, runners)
-    every = compare(short, inputs[:, : short.seq_len], tracers)
-    logits = compare(graph, inputs, {}, runners)
-    return replace(
-        every,
-        backends=(*every.backends, *logits.backends),
-        values=every.values + logits.values,
-        mismatches=every.mismatches + logits.mismatches,
-        first=every.first or logits.first,
+    steps = inputs[:, : short.seq_len]
+    # One after the other: large models fit the memory once, not three times.
+    return joined(
+        [
+            compare(short, steps, {"PyTorch": torch_tracer(short)}),
+            compare(short, steps, {"ONNX Runtime": OnnxRunner(short)}),
+            compare(graph, inputs, {}, {"model.onnx": OnnxRunner(onnx)}),
+        ]
     )
 
 

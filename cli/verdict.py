@@ -27,6 +27,8 @@ def verdict_json(verdict: Verdict, verifier: Path) -> dict[str, Any]:
         "srs": verdict.srs_kind,
         "verifier": {"path": str(verifier), "sha256": verdict.package_sha256},
     }
+    if "segments" in verdict.statement:
+        result |= {"steps": verdict.statement["seq_len"], "segments": verdict.statement["segments"]}
     if not verdict.valid:
         result["reason"] = verdict.reason
     return result

@@ -22,6 +22,18 @@ def _predicted(verdict: Verdict) -> str | None:
     return str(classes[logits.index(max(logits))])
 
 
+def _positions(only: str | None) -> range | None:
+    """The segments that ``I..J`` names, J among them."""
+    from mamba_int.errors import MambaintError
+
+    if only is None:
+        return None
+    first, dots, last = only.partition("..")
+    if not (first.isdecimal() and dots and last.isdecimal() and int(first) <= int(last)):
+        raise MambaintError(f"--only {only} is not of the form I..J", "give two positions, such as 0..3")
+    return range(int(first), int(last) + 1)
+
+
 def _shown(values: list[int]) -> str:
     head = " ".join(str(value) for value in values[:32])
     return head if len(values) <= 32 else f"{head} ... ({len(values)} values)"
@@ -29,9 +41,13 @@ def _shown(values: list[int]) -> str:
 
 def _lines(verdict: Verdict, verifier: Path) -> list[str]:
     if not verdict.valid:
-        lines = [f"INVALID: {verdict.reason}"]
+        partial = verdict.reason.startswith("partial: ")
+        lines = [f"PARTIAL: {verdict.reason[9:]}" if partial else f"INVALID: {verdict.reason}"]
     else:
         lines = [f"VALID in {verdict.verify_seconds * 1000:.0f} ms"]
+        if "segments" in verdict.statement:
+            steps, count = verdict.statement["seq_len"], verdict.statement["segments"]
+            lines.append(f"  {'sequence':<12} {steps} steps in {count} linked segments")
         for name, values in verdict.public.items():
             lines.append(f"  {name:<12} {_shown(values)}")
         predicted = _predicted(verdict)
@@ -78,6 +94,18 @@ def _lines(verdict: Verdict, verifier: Path) -> list[str]:
     type=click.Path(path_type=Path),
     help="Verifier package to trust for OTHER.  [default: verifier.zip beside it]",
 )
+@click.option(
+    "--only",
+    metavar="I..J",
+    help="Of a proof in segments: check segments I to J alone. No proof of the whole: the exit code is 1.",
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Of a proof in segments: segments checked at a time.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
 @click.pass_context
 def command(
@@ -89,6 +117,8 @@ def command(
     srs_path: Path | None,
     same_input: Path | None,
     other_verifier: Path | None,
+    only: str | None,
+    workers: int,
     as_json: bool,
 ) -> None:
     """Check PROOF against a verifier package you trust; the model is not needed.
@@ -101,9 +131,11 @@ def command(
     Example:
       mambaint verify proof.json --verifier verifier.zip
       mambaint verify a/proof.json --same-input b/proof.json
+      mambaint verify long.json --workers 2
     """
     from mamba_int.errors import MambaintError
-    from zk.verify import verify
+    from zk.chain_proof import is_chain
+    from zk.verify import read_proof, verify
 
     trusted = verifier if verifier is not None else proof.parent / "verifier.zip"
     expected = model_id.lower() if model_id is not None else None
@@ -112,7 +144,17 @@ def command(
     if other_verifier is not None and same_input is None:
         raise MambaintError("--other-verifier belongs to --same-input", "give the other proof as well")
     other = None
-    if rederive is None and same_input is None:
+    if is_chain(read_proof(proof)):
+        from zk.verify_chain import verify_chain
+
+        if rederive is not None or same_input is not None:
+            raise MambaintError(
+                "--rederive and --same-input are for proofs in one piece", "leave them out for a chain"
+            )
+        verdict = verify_chain(proof, trusted, expected, workers, _positions(only))
+    elif only is not None:
+        raise MambaintError(f"{proof} is a proof in one piece", "leave out --only")
+    elif rederive is None and same_input is None:
         verdict = verify(proof, trusted, expected)
     elif rederive is not None:
         # Only now: without the model, verifying needs none of what lowers one.

@@ -179,5 +179,16 @@ class Executor:
     @torch.inference_mode()
     def __call__(self, inputs: Tensor, trace: Trace | None = None) -> Tensor:
         """Logits int64 [batch, ...] of integer inputs [batch, T, ...]; ``trace`` as in the interpreter."""
-        values = execute_nodes(self.nodes, inputs.to(self.device, self.dtype), trace)
+        values: Values = {}
+        for node in self.nodes:
+            operands = [values[name] for name in node.inputs]
+            if node.op == "input":
+                operands = [inputs.to(self.device, self.dtype)]
+            value = OPERATIONS[node.op].execute(node, operands, recorder(node, trace), True)
+            values[node.name] = value
+            if trace is not None:
+                trace[node.name] = value
+            for name in set(node.inputs):
+                if self.graph.last_reader[name] == node.name:
+                    del values[name]
         return values[self.graph.output].long()

@@ -112,6 +112,12 @@ class Graph:
         return {node.name: node for node in self.nodes}
 
     @cached_property
+    def last_reader(self) -> dict[str, str]:
+        """Of every tensor that is read, the node that reads it last: large models leave no room for it after
+        that. The output is never read last."""
+        return {name: node.name for node in self.nodes for name in node.inputs} | {self.output: ""}
+
+    @cached_property
     def input(self) -> Node:
         """The node that receives the input."""
         return next(node for node in self.nodes if node.op == "input")

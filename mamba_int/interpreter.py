@@ -114,14 +114,12 @@ def _walk(
 ) -> IntArray:
     """Every node in its order; the value of the output."""
     values: dict[str, IntArray] = {}
-    # Large models leave no room for tensors that nothing reads any more.
-    last_reader = {name: node.name for node in graph.nodes for name in node.inputs} | {graph.output: ""}
     for node in graph.nodes:
         operands = [inputs] if node.op == "input" else [values[name] for name in node.inputs]
         values[node.name] = run(node, operands, recorder(node, trace))
         if trace is not None:
             trace[node.name] = values[node.name]
         for name in set(node.inputs):
-            if last_reader[name] == node.name:
+            if graph.last_reader[name] == node.name:
                 del values[name]
     return values[graph.output]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -50,6 +50,18 @@ class Equality:
     def equal(self) -> bool:
         """Whether every value agreed, and there were any."""
         return self.mismatches == 0 and self.values > 0
+
+
+def joined(parts: Sequence[Equality]) -> Equality:
+    """Comparisons of several backends, the first of them on every tensor, as one."""
+    return Equality(
+        backends=tuple(name for part in parts for name in part.backends),
+        inputs=parts[0].inputs,
+        tensors=parts[0].tensors,
+        values=sum(part.values for part in parts),
+        mismatches=sum(part.mismatches for part in parts),
+        first=next((part.first for part in parts if part.first is not None), None),
+    )
 
 
 class Fingerprints(MutableMapping[str, Any]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ LARGEST_FILE = 64 << 20
 """Bytes of the largest input file that is read."""
 
 
-def read_input(path: Path, graph: Graph) -> IntArray:
+def read_input(path: Path, graph: Graph, any_length: bool = False) -> IntArray:
     """Read one input of ``graph.seq_len`` steps.
 
     The file holds one list, either flat (step after step) or with one list per step. Where the card says
@@ -27,6 +28,7 @@ def read_input(path: Path, graph: Graph) -> IntArray:
     Args:
         path: the file.
         graph: the model.
+        any_length: take any number of steps.
 
     Returns:
         int64 [T, features], or [T] token ids.
@@ -47,8 +49,42 @@ def read_input(path: Path, graph: Graph) -> IntArray:
         raise MambaintError(f"{path}: 'input_data' is not a list that holds one list", remedy)
     places = _flatten(data[0], features, path, remedy)
     expected = graph.seq_len * max(features, 1)
+    if any_length and places and len(places) % max(features, 1) == 0:
+        expected = len(places)
     if len(places) != expected:
         raise MambaintError(f"{path} holds {len(places)} numbers, the model takes {expected}", remedy)
+    return _integers(places, graph, path)
+
+
+def read_steps(stream: Iterable[str], graph: Graph) -> Iterator[IntArray]:
+    """Read an input step by step, as it arrives.
+
+    Args:
+        stream: lines, each with one step in JSON: a token id, or a list of features as in :func:`read_input`.
+        graph: the model.
+
+    Yields:
+        int64 [1, features], or [1] token ids.
+
+    Raises:
+        MambaintError: naming the line and the value at fault.
+    """
+    features = graph.input.integer("features")
+    for number, line in enumerate(stream, 1):
+        if not line.strip():
+            continue
+        source = Path(f"line {number}")
+        step = parse_json(line.encode(), str(source))
+        remedy = f"give a list of {features} numbers a line" if features else "give a token id a line"
+        if isinstance(step, list) != bool(features):
+            raise MambaintError(f"{source} is no step of the model", remedy)
+        yield _integers(_flatten([step], features, source, remedy), graph, source)
+
+
+def _integers(places: list[tuple[str, Any]], graph: Graph, path: Path) -> IntArray:
+    """The model's integers of the numbers of a file or a line."""
+    features = graph.input.integer("features")
+    remedy = f'give {{"input_data": [[...]]}} with {_wanted(graph)}'
     for place, value in places:
         # bool is an int to Python
         if type(value) not in (int, float) or not _finite(value):
@@ -65,7 +101,7 @@ def read_input(path: Path, graph: Graph) -> IntArray:
                 "give integers in that range",
             )
     integers = np.array([int(value) for value in values], np.int64)
-    return integers.reshape(graph.seq_len, features) if features else integers
+    return integers.reshape(-1, features) if features else integers
 
 
 def scaling(graph: Graph) -> tuple[list[float], list[float]] | None:
@@ -91,7 +127,7 @@ def _quantized(values: list[float], graph: Graph, offset: list[float], scale: li
     from mamba_int.datasets import quantize_features
 
     node = graph.input
-    real = np.array(values, np.float64).reshape(graph.seq_len, node.integer("features"))
+    real = np.array(values, np.float64).reshape(-1, node.integer("features"))
     low, high = node.integer("low"), node.integer("high")
     integers: IntArray = quantize_features(real, offset, scale, low, high).numpy()
     return integers

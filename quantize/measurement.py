@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -116,36 +117,59 @@ def _split(data: Any, name: str) -> NDArray[Any]:
     return values
 
 
-def _observe(graph: Graph, inputs: IntArray, observed: dict[str, Observed]) -> IntArray:
-    trace: dict[str, IntArray] = {}
-    logits = evaluate(graph, inputs, trace)
-    for node in graph.nodes:
-        values = trace[node.name]
+class _Ranges(MutableMapping[str, Any]):
+    """A trace that keeps of every node what it was seen to hold, and no tensor.
+
+    Args:
+        graph: the model.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self._graph = graph
+        self.observed: dict[str, Observed] = {}
+
+    def __setitem__(self, name: str, values: IntArray) -> None:
+        node = self._graph.by_name.get(name)
+        if node is None:
+            return
         low, high = int(values.min()), int(values.max())
-        seen = observed.setdefault(node.name, Observed(low, high))
+        seen = self.observed.setdefault(name, Observed(low, high))
         seen.low, seen.high = min(seen.low, low), max(seen.high, high)
         seen.values += values.size
         if node.op == "clamp":
             ends = (values == node.integer("low")) | (values == node.integer("high"))
             seen.saturated += int(np.count_nonzero(ends))
-    return logits
+
+    def __getitem__(self, name: str) -> Observed:
+        return self.observed[name]
+
+    def __delitem__(self, name: str) -> None:
+        del self.observed[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.observed)
+
+    def __len__(self) -> int:
+        return len(self.observed)
 
 
 def _measure_classes(graph: Graph, data: Any) -> Measurement:
     inputs, labels = _split(data, "test_inputs"), _split(data, "test_labels")
     classes = graph.types[graph.output].shape[-1]
     confusion = np.zeros((classes, classes), np.int64)
-    observed: dict[str, Observed] = {}
+    ranges = _Ranges(graph)
     scale = 2.0 ** -graph.by_name[graph.output].frac
     loss = 0.0
     for start in range(0, len(labels), SEQUENCES):
         batch = check_input(graph, inputs[start : start + SEQUENCES])
         targets = labels[start : start + SEQUENCES]
-        logits = _observe(graph, batch, observed)
+        logits = evaluate(graph, batch, ranges)
         loss += _cross_entropy(logits * scale, targets)
         np.add.at(confusion, (targets, logits.argmax(-1)), 1)
     accuracy = int(np.trace(confusion)) / len(labels)
-    return Measurement("accuracy", accuracy, loss / len(labels), len(labels), confusion.tolist(), observed)
+    return Measurement(
+        "accuracy", accuracy, loss / len(labels), len(labels), confusion.tolist(), ranges.observed
+    )
 
 
 def _measure_text(graph: Graph, data: Any, window: int) -> Measurement:
@@ -158,17 +182,17 @@ def _measure_text(graph: Graph, data: Any, window: int) -> Measurement:
     kept = max(1, tokens // window)
     if len(starts) > kept:
         starts = starts[np.arange(kept) * len(starts) // kept]
-    observed: dict[str, Observed] = {}
+    ranges = _Ranges(graph)
     scale = 2.0 ** -graph.by_name[graph.output].frac
     loss, predicted, size = 0.0, 0, max(1, TOKENS // window)
     for first in range(0, len(starts), size):
         windows = data.windows("test", starts[first : first + size], window + 1).numpy()
-        logits = _observe(graph, check_input(graph, windows[:, :-1]), observed)
+        logits = evaluate(graph, check_input(graph, windows[:, :-1]), ranges)
         loss += _cross_entropy(logits * scale, windows[:, 1:])
         predicted += int(data.tokenizer.lengths[windows[:, 1:]].sum())
     tokens = len(starts) * window
     bits = loss / predicted / math.log(2)
-    return Measurement("bits_per_byte", bits, loss / tokens, tokens, [], observed)
+    return Measurement("bits_per_byte", bits, loss / tokens, tokens, [], ranges.observed)
 
 
 def _cross_entropy(logits: NDArray[np.floating[Any]], targets: IntArray) -> float:

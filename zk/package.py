@@ -103,7 +103,7 @@ class Package:
                     f"{name} of the verifier package has {len(content[name])} bytes, more than {limit}",
                     "shorten the statement or choose a smaller circuit",
                 )
-        return _encode_zip(content)
+        return encode_stored_zip({name: content[name] for name in _LIMITS})
 
     @property
     def commits_to_input(self) -> bool:
@@ -141,14 +141,15 @@ class Package:
         }
 
 
-def _encode_zip(content: dict[str, bytes]) -> bytes:
+def encode_stored_zip(content: dict[str, bytes]) -> bytes:
+    """A zip of these members in their order, stored and without times: one possible encoding."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
-        for name in _LIMITS:
+        for name, data in content.items():
             member = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
             member.create_system = 3
             member.external_attr = 0o644 << 16
-            archive.writestr(member, content[name])
+            archive.writestr(member, data)
     return buffer.getvalue()
 
 
@@ -226,7 +227,7 @@ def _decode_zip(raw: bytes) -> dict[str, bytes]:
     except Exception as error:
         # zipfile does not say what it raises on hostile input (an OverflowError, for one); all of it is a no.
         raise _Malformed(f"it is not a zip file ({error})") from error
-    if _encode_zip(content) != raw:
+    if encode_stored_zip(content) != raw:
         raise _Malformed("it is not in the one canonical form")
     return content
 

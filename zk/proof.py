@@ -57,39 +57,47 @@ class Proof:
         )
 
 
-def _expect(condition: bool, reason: str) -> None:
+def expect(condition: bool, reason: str) -> None:
+    """Raise InvalidProof(reason) unless the file obeys the rule."""
     if not condition:
         raise InvalidProof(reason)
 
 
-def _decode_hash(value: Any, name: str) -> str:
-    _expect(is_sha256(value), f"{name} is not a SHA-256")
+def decode_hash(value: Any, name: str) -> str:
+    """A SHA-256."""
+    expect(is_sha256(value), f"{name} is not a SHA-256")
     return str(value)
 
 
+def decode_numbers(value: Any, name: str) -> list[int]:
+    """Integers inside the field."""
+    expect(isinstance(value, list), f"{name} is not a list")
+    for number in value:
+        # bool is a subclass of int: only int itself will do.
+        expect(type(number) is int, f"{name} holds something that is not an integer")
+        expect(-HALF <= number <= HALF, f"{name} holds a number outside the field")
+    return list(value)
+
+
+def decode_proof_bytes(text: Any) -> bytes:
+    """The bytes of one proof."""
+    expect(
+        isinstance(text, str) and len(text) % 2 == 0 and not set(text) - set("0123456789abcdef"),
+        "the proof bytes are not lower-case hexadecimal",
+    )
+    return bytes.fromhex(text)
+
+
 def _decode_public(value: Any) -> dict[str, list[int]]:
-    _expect(isinstance(value, dict), "public is not an object")
-    for name, numbers in value.items():
-        _expect(isinstance(numbers, list), f"public value {name!a} is not a list")
-        for number in numbers:
-            # bool is a subclass of int: only int itself will do.
-            _expect(type(number) is int, f"public value {name!a} holds something that is not an integer")
-            _expect(-HALF <= number <= HALF, f"public value {name!a} holds a number outside the field")
-    return {str(name): list(numbers) for name, numbers in value.items()}
+    expect(isinstance(value, dict), "public is not an object")
+    return {str(name): decode_numbers(numbers, f"public value {name!a}") for name, numbers in value.items()}
 
 
 def _decode_segments(value: Any) -> tuple[bytes, ...]:
-    _expect(isinstance(value, list) and len(value) == 1, "there must be exactly one segment")
-    segments = []
-    for item in value:
-        _expect(isinstance(item, dict) and set(item) == {"proof"}, "a segment has wrong fields")
-        text = item["proof"]
-        _expect(
-            isinstance(text, str) and len(text) % 2 == 0 and not set(text) - set("0123456789abcdef"),
-            "the proof bytes are not lower-case hexadecimal",
-        )
-        segments.append(bytes.fromhex(text))
-    return tuple(segments)
+    expect(isinstance(value, list) and len(value) == 1, "there must be exactly one segment")
+    (item,) = value
+    expect(isinstance(item, dict) and set(item) == {"proof"}, "a segment has wrong fields")
+    return (decode_proof_bytes(item["proof"]),)
 
 
 def decode_proof(raw: bytes) -> Proof:
@@ -98,26 +106,26 @@ def decode_proof(raw: bytes) -> Proof:
     Raises:
         InvalidProof: if any byte differs from what :meth:`Proof.encode` writes.
     """
-    _expect(len(raw) <= MAX_FILE_BYTES, f"the file has more than {MAX_FILE_BYTES} bytes")
+    expect(len(raw) <= MAX_FILE_BYTES, f"the file has more than {MAX_FILE_BYTES} bytes")
     try:
         value = parse_json(raw, "the proof file")
     except MambaintError as error:
         raise InvalidProof(error.cause) from error
-    _expect(isinstance(value, dict) and value.get("format") == FORMAT, "it is not a proof file of mambaint")
+    expect(isinstance(value, dict) and value.get("format") == FORMAT, "it is not a proof file of mambaint")
     found = value.get("version")
-    _expect(
+    expect(
         type(found) is int and found == VERSION,
         f"it has format version {found!a} and this mambaint reads version {VERSION}",
     )
     missing, unknown = sorted(_FIELDS - set(value)), sorted(set(value) - _FIELDS)
-    _expect(not missing, f"field {', '.join(missing)} is missing")
-    _expect(not unknown, f"unknown field {', '.join(ascii(name) for name in unknown)}")
+    expect(not missing, f"field {', '.join(missing)} is missing")
+    expect(not unknown, f"unknown field {', '.join(ascii(name) for name in unknown)}")
     proof = Proof(
-        model_id=_decode_hash(value["model_id"], "model_id"),
-        circuit_id=_decode_hash(value["circuit_id"], "circuit_id"),
-        verifier_package=_decode_hash(value["verifier_package"], "verifier_package"),
+        model_id=decode_hash(value["model_id"], "model_id"),
+        circuit_id=decode_hash(value["circuit_id"], "circuit_id"),
+        verifier_package=decode_hash(value["verifier_package"], "verifier_package"),
         public=_decode_public(value["public"]),
         segments=_decode_segments(value["segments"]),
     )
-    _expect(proof.encode() == raw, "the file is not in the one canonical form")
+    expect(proof.encode() == raw, "the file is not in the one canonical form")
     return proof

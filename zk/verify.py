@@ -110,7 +110,7 @@ def check(
         # EZKL ignores bytes after the proof, so the length is ours to check.
         if len(segment) != package.proof_bytes:
             raise InvalidProof(f"the proof has {len(segment)} bytes and must have {package.proof_bytes}")
-        _check_segment(segment, rebuild_instances(proof.public, segment, package), package)
+        check_segment(segment, rebuild_instances(proof.public, segment, package), package)
         public = proof.public
         if package.commits_to_input:
             commitments = {COMMITTED_INPUT: segment[:POINT_BYTES].hex()}
@@ -181,7 +181,13 @@ def rebuild_instances(public: dict[str, list[int]], segment: bytes, package: Pac
     return instances
 
 
-def _check_segment(proof: bytes, instances: list[str], package: Package) -> None:
+def check_segment(proof: bytes, instances: list[str], package: Package) -> None:
+    """Ask EZKL about one proof.
+
+    Raises:
+        InvalidProof: if it does not verify.
+        MambaintError: if the check cannot be made.
+    """
     with TemporaryDirectory(prefix="mambaint-") as name:
         folder = Path(name)
         content = {

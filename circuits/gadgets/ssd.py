@@ -10,6 +10,7 @@ import numpy as np
 
 from circuits.cells import Cells, Get, Ids, Values
 from circuits.gadgets.values import Accumulation, Claimed, Computed, Grid, Summed, Value
+from circuits.segment import Carried
 from mamba_int.graph import Node, TensorType
 from mamba_int.operations.base import shifted
 from mamba_int.operations.ssd import SsdBounds, node_bounds
@@ -20,20 +21,28 @@ class SsdValue(Value):
     elements of a chunk are claimed at once.
 
     Only pairs s < t of A need a shift: A[t, t] = (2^k - n_t) << (fA - k) is linear. D joins the diagonal of
-    M, which it multiplies the same x with. The first chunk has no incoming state, so nothing is read from it.
+    M, which it multiplies the same x with. The first chunk of a sequence has no incoming state, so nothing is
+    read from it; that of a segment has.
     """
 
-    def __init__(self, node: Node, inputs: list[Value], tensor: TensorType) -> None:
+    def __init__(
+        self, node: Node, inputs: list[Value], tensor: TensorType, carried: Carried | None = None
+    ) -> None:
         super().__init__(inputs[0].builder, node.name, tensor)
         self._node = node
         self._inputs = inputs
         self._bounds = node_bounds(node, [value.type for value in inputs])
         self._chunks: list[_Chunk] | None = None
+        self._entered: Ids | None = None
+        if carried is not None:
+            shape = inputs[3].type.shape[-1], node.integer("headdim"), inputs[1].type.shape[-1]
+            self._entered = carried.enter(f"{node.name}:H", shape, -self._bounds.H, self._bounds.H)
+            carried.leave(f"{node.name}:H", lambda: self._made()[-1].next_state())
 
     def _made(self) -> list[_Chunk]:
         if self._chunks is None:
             Q, steps = self._node.integer("chunk_size"), self.type.shape[0]
-            self._chunks, H = [], None
+            self._chunks, H = [], self._entered
             for start in range(0, steps, Q):
                 chunk = _Chunk(
                     self.builder, self._node, self._inputs, self._bounds, start, min(start + Q, steps), H
@@ -535,6 +544,6 @@ def _same(accumulation: Accumulation) -> Accumulation:
     return accumulation
 
 
-def ssd(inputs: list[Value], node: Node, tensor: TensorType) -> Value:
+def ssd(inputs: list[Value], node: Node, tensor: TensorType, carried: Carried | None = None) -> Value:
     """The gadget of ``ssd``."""
-    return SsdValue(node, inputs, tensor)
+    return SsdValue(node, inputs, tensor, carried)

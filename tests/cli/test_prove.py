@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -284,3 +285,51 @@ def test_core_needs_neither_prover_nor_terminal() -> None:
     code = "import sys, mamba_int.model, mamba_int.training, triton_kernels.ssd\n"
     code += "assert not {'ezkl', 'rich', 'onnx', 'onnxruntime'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+
+
+def test_long_sequence_is_proved_in_segments_and_verified_as_one(
+    folder: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph, _ = random_graph(
+        0, task="language_model", vocab_size=11, seq_len=16, chunk_size=4, d_model=4, d_state=2
+    )
+    replace(graph, card={"task": "language_model"}).save(folder / "text.mint")
+    tokens = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3]
+    (folder / "t.json").write_text(json.dumps({"input_data": [tokens]}))
+    arguments = ("prove", "--input", "t.json", "--model", "text.mint", "--segment-steps")
+    result = cli.json(*arguments, "4")
+    logits = evaluate(graph, np.array([tokens]))[0].ravel().tolist()
+    assert (result["segments"], result["steps"], result["outputs"]) == (3, 10, logits)
+    assert not result["states_are_public"] and not (folder / "proof.segments").exists()
+    verdict = cli.json("verify", "proof.json", "--workers", "2")
+    assert verdict["valid"] and (verdict["steps"], verdict["segments"]) == (10, 3)
+    assert verdict["outputs"] == logits
+    code, out, _ = cli("verify", "proof.json")
+    assert code == 0 and "10 steps in 3 linked segments" in out
+    code, out, _ = cli("verify", "proof.json", "--only", "1..2")
+    assert code == 1 and out.startswith("PARTIAL: segments 1 to 2 of 3")
+    for only in ("2", "2..1", "a..b"):
+        code, _, fault = cli("verify", "proof.json", "--only", only)
+        assert code == 2 and "I..J" in fault
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(map(str, tokens))))
+    streamed = cli.json(
+        "prove", "--stream", "--model", "text.mint", "--segment-steps", "4", "--out", "s/proof.json"
+    )
+    assert (streamed["steps"], streamed["outputs"]) == (10, logits)
+    assert cli.json("verify", "s/proof.json")["valid"]
+    picked = cli.json(*arguments, "auto", "--ram", "0.3", "--out", "p/proof.json")
+    assert picked["outputs"] == logits and picked["segment_steps"] % 4 == 0
+    forged = (folder / "proof.json").read_text().replace('"steps":10', '"steps":9')
+    (folder / "proof.json").write_text(forged)
+    code, out, _ = cli("verify", "proof.json")
+    assert code == 1 and "INVALID: segment 2" in out
+    for options, words in (
+        (["6"], "multiple of 4"),
+        (["4", "--commit-input"], "without --commit-input"),
+    ):
+        code, out, fault = cli(*arguments, *options, "--out", "q.json")
+        assert (code, out, fault.count("\n")) == (2, "", 1) and words in fault
+    code, _, fault = cli("prove", "--input", "x.json", "--model", "model.mint", "--workers", "2")
+    assert code == 2 and "--segment-steps" in fault
+    code, _, fault = cli("verify", "proof.json", "--rederive", "text.mint")
+    assert code == 2 and "in one piece" in fault

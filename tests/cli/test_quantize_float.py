@@ -158,6 +158,10 @@ def test_text_is_read_with_the_tokenizer_that_lies_beside_the_model(folder: Path
         (["run.safetensors", "--data", "t.txt"], "not on the scale"),
         (["mixer.npz", "--data", "d.npz"], "a mixer alone"),
         (["native.safetensors", "--provable"], "leave out --provable"),
+        (["native.safetensors", "--weights", "ternary"], "leave out --weights"),
+        (["native.safetensors", "--reconstruct"], "leave out --reconstruct"),
+        (["native.safetensors", "--finetune", "3"], "leave out --finetune"),
+        (["lm", "--data", "t.txt", "--finetune", "3"], "add --weights ternary"),
         (["lm", "--data", "t.txt", "--config", "narrow.toml"], "bits"),
     ],
 )
@@ -165,9 +169,9 @@ def test_fault_is_one_line_and_nothing_is_written(
     folder: Path, cli: Cli, arguments: list[str], words: str
 ) -> None:
     make(folder, arguments)
-    code, out, fault = cli("quantize", *arguments, "--samples", "2", "--out", "q")
-    if "--provable" in arguments:
-        code, out, fault = cli("quantize", *arguments, "--out", "q")
+    # The refusal of a native run names the option at hand alone.
+    samples = [] if arguments[0].startswith("native") else ["--samples", "2"]
+    code, out, fault = cli("quantize", *arguments, *samples, "--out", "q")
     assert (code, out, fault.count("\n")) == (2, "", 1), fault
     assert words in fault and fault.startswith("mambaint: ")
     assert not (folder / "q").exists()
@@ -248,6 +252,25 @@ def test_one_wrong_integer_of_a_converted_model_writes_nothing(
     code, out, fault = cli("quantize", "run.safetensors", "--samples", "2", "--out", "q")
     assert (code, out, fault.count("\n")) == (2, "", 1)
     assert "ONNX Runtime" in fault and "layer0.norm" in fault and not (folder / "q").exists()
+
+
+def test_every_way_to_ternary_weights_gives_ternary_weights_of_its_own(folder: Path, cli: Cli) -> None:
+    """An option that is read and not acted upon would give the weights of the line before."""
+    write_float_run(folder / "run.safetensors", DIGITS)
+    ways = [[], ["--reconstruct"], ["--finetune", "2"]]
+    found = []
+    for way in ways:
+        result = cli.json(
+            "quantize", "run.safetensors", "--weights", "ternary", *way, "--samples", "8", "--out", "q"
+        )
+        assert result["equal_numpy_torch_onnx"]
+        graph = Graph.load(folder / result["model"])
+        assert graph.card.get("finetune_steps") == (2 if "--finetune" in way else None)
+        nodes = [graph.by_name[f"layer0.{name}_rows"] for name in ("in_proj", "out_proj")]
+        weights = [node.constants["weight"] for node in nodes]
+        assert all(set(np.unique(weight)) == {-1, 0, 1} for weight in weights)
+        found.append(b"".join(weight.tobytes() for weight in weights))
+    assert len(set(found)) == len(ways)
 
 
 def test_data_of_a_float_run_that_changed_is_refused_unless_given(folder: Path, cli: Cli) -> None:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from mamba_int import interpreter
 from mamba_int.datasets import ClassificationData, DataSource, load_data
 from mamba_int.errors import MambaintError
+from mamba_int.executor import Executor
 from mamba_int.graph import Graph, Node
 from mamba_int.operations import OPERATIONS
 from mamba_int.training import evaluate
+from quantize.equality import Fingerprints
 from quantize.measurement import measure, sample_inputs
 from quantize.native import quantize_native
 from quantize.operation_counts import COUNTERS, Counts, count_operations
@@ -173,3 +178,38 @@ def test_ternary_weights_are_stored_in_two_bits() -> None:
     assert summary.size_bytes == 16 * 2 // 8 + 12 and summary.parameters == 28
     kinds = {t.name: (t.weights, t.zero_share) for t in summary.tensors}
     assert kinds == {"input": (None, None), "t": ("ternary", 0.25), "w": ("int8", 0.0)}
+
+
+@pytest.mark.parametrize("runner", ["interpreter", "executor", "measurement"])
+def test_large_models_fit_since_no_run_keeps_tensors_that_nothing_reads_any_more(
+    runner: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A chain of 24 layers took 24 GB where each of its tensors took 3 MB."""
+    write_checkpoint(tmp_path / "c", DIGITS)
+    graph, data = quantize_native(tmp_path / "c"), load_data(DIGITS)
+    made: list[weakref.ref[Any]] = []
+    alive: list[int] = []
+
+    def watch(name: str, operation: str) -> None:
+        honest = getattr(OPERATIONS[name], operation)
+
+        def run(self: Any, node: Node, *arguments: Any) -> Any:
+            result = honest(node, *arguments)
+            made.append(weakref.ref(result))
+            alive.append(sum(reference() is not None for reference in made))
+            return result
+
+        monkeypatch.setattr(type(OPERATIONS[name]), operation, run)
+
+    for name in {node.op for node in graph.nodes}:
+        watch(name, "execute" if runner == "executor" else "evaluate")
+    inputs = sample_inputs(graph, data, 2, 2)
+    if runner == "interpreter":
+        interpreter.evaluate(graph, inputs, Fingerprints())
+    elif runner == "executor":
+        Executor(graph)(torch.from_numpy(inputs), Fingerprints())
+    else:
+        monkeypatch.setattr("quantize.measurement.SEQUENCES", 1000)
+        measure(graph, data, 1024)
+    assert len(made) == len(graph.nodes)
+    assert max(alive) < len(graph.nodes) / 2

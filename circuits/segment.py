@@ -1,0 +1,178 @@
+"""A stretch of a sequence as a circuit of its own: what it takes from the steps before it and hands on.
+
+The state between two stretches is what decoding remembers at the end of a chunk
+(``mamba_int.decoding_state``): of every scan its H, of every convolution the last K - 1 steps, and of a
+reduction over time what it has come to.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from circuits.cells import Cells, Get, Ids, Values
+from mamba_int.errors import MambaintError
+from mamba_int.graph import Graph, IntArray, Node, TensorType
+from mamba_int.operations import OPERATIONS
+
+PLACE = "place"
+"""Name of the private tensor that holds a segment's place in its chain."""
+
+
+CARRYING = ("conv", "ssd")
+"""Operations whose memory :class:`Carried` hands on."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Which stretch a circuit proves.
+
+    Attributes:
+        steps: of the stretch.
+        head: it ends sequences of ``graph.seq_len`` steps: what follows the sum or maximum over time is
+            computed, and nothing handed on. Other graphs have no head: every stretch gives its logits.
+        hidden: the states are not shown, but committed to: each proof begins with a point for the state that
+            enters, and one for the state that leaves.
+    """
+
+    steps: int
+    head: bool = False
+    hidden: bool = False
+
+
+def reduction(graph: Graph) -> Node | None:
+    """The sum or maximum over time, if the graph has one. The last step is no such thing: what follows it has
+    a value at the end of every stretch."""
+    found = (node for node in graph.nodes if node.op == "reduce" and node.attributes["kind"] != "last")
+    return next(found, None)
+
+
+def step_unit(graph: Graph) -> int:
+    """Stretches are multiples of so many steps: whole chunks, and whole periods of the rotations.
+
+    Raises:
+        MambaintError: if the graph cannot be cut.
+    """
+    periods = []
+    for node in graph.nodes:
+        inputs = [graph.types[name] for name in node.inputs]
+        if node.op not in CARRYING and OPERATIONS[node.op].initial_memory(node, inputs):
+            raise MambaintError(
+                f"the state of '{node.name}' ({node.op}) is not carried from segment to segment",
+                "prove this model in one piece",
+            )
+        if node.op == "rotate":
+            periods.append(node.integer("period"))
+        elif node.op == "ssd":
+            if OPERATIONS[node.op].chunk(node) is None:
+                raise MambaintError(
+                    f"the model has one chunk of {node.integer('chunk_size')} steps, whose state is not "
+                    "carried further",
+                    "give a model exported with more than one chunk",
+                )
+            periods.append(node.integer("chunk_size"))
+    return math.lcm(*periods) if periods else 1
+
+
+def check_steps(graph: Graph, segment: Segment) -> None:
+    """Refuse a stretch that does not begin and end where the state is what :class:`Carried` holds.
+
+    Raises:
+        MambaintError: naming the unit.
+    """
+    unit = step_unit(graph)
+    windows = [node.constants["taps"].shape[1] - 1 for node in graph.nodes if node.op == "conv"]
+    if segment.steps < 1 or segment.steps % unit or segment.steps < max(windows, default=0):
+        raise MambaintError(
+            f"the model cannot be cut into segments of {segment.steps} steps",
+            f"choose a multiple of {unit}"
+            + (f", at least {max(windows)}" if max(windows, default=0) > unit else ""),
+        )
+
+
+def types_of(graph: Graph, segment: Segment) -> dict[str, TensorType]:
+    """Types of the tensors of a stretch: those with a time axis have its steps, the others the bounds of the
+    whole."""
+    whole, own = graph.types, replace(graph, seq_len=segment.steps).types
+    timeless: set[str] = set()
+    for node in graph.nodes:
+        if node.op == "reduce" or (node.inputs and all(name in timeless for name in node.inputs)):
+            timeless.add(node.name)
+    return {name: whole[name] if name in timeless else own[name] for name in own}
+
+
+@dataclass
+class Carried:
+    """The state that enters and leaves a circuit, in the order of the graph's nodes.
+
+    Attributes:
+        cells: receives the cells that enter.
+        shapes: of the parts, by name: ``node:what``.
+        first: what the parts are before the first step.
+    """
+
+    cells: Cells
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    first: dict[str, int] = field(default_factory=dict)
+    _entered: dict[str, Ids] = field(default_factory=dict)
+    _leaving: dict[str, Callable[[], Ids]] = field(default_factory=dict)
+
+    def enter(self, name: str, shape: tuple[int, ...], low: int, high: int, first: int = 0) -> Ids:
+        """A part of the state as cells.
+
+        Nothing here proves the bounds: the stretch before does, whose cells these are equal to, and that the
+        first state is what it has to be is for the verifier to see.
+        """
+        self.shapes[name], self.first[name] = shape, first
+        self._entered[name] = self.cells.private(name, shape, low, high, _given)
+        return self._entered[name]
+
+    def leave(self, name: str, make: Callable[[], Ids]) -> None:
+        """Say how the part's cells for the next stretch are made."""
+        self._leaving[name] = make
+
+    def entered(self) -> Ids:
+        """All cells that enter, flat."""
+        return _flat([self._entered[name] for name in self.shapes])
+
+    def copied(self) -> tuple[Ids, Ids]:
+        """All cells that leave, flat, and as many private cells that have to be equal to them."""
+        parts = {name: self._leaving[name]() for name in self.shapes}
+        return _flat(list(parts.values())), _flat([self._copy(name, ids) for name, ids in parts.items()])
+
+    def _copy(self, name: str, cells: Ids) -> Ids:
+        low, high = self.cells.bounds(self._entered[name])
+        return self.cells.private(leaving(name), self.shapes[name], low, high, lambda get: get(cells))
+
+    def left(self) -> Ids:
+        """All cells that leave, flat and in the same order."""
+        return _flat([self._leaving[name]() for name in self.shapes])
+
+
+def leaving(name: str) -> str:
+    """Name of the private copy of a part of the state that leaves."""
+    return f"{name}.next"
+
+
+def _flat(parts: list[Ids]) -> Ids:
+    return np.concatenate([part.ravel() for part in parts]) if parts else np.zeros(0, np.int64)
+
+
+def _given(get: Get) -> Values:
+    raise ValueError("the state was not given")
+
+
+def initial_state(shapes: Mapping[str, tuple[int, ...]], first: Mapping[str, int]) -> IntArray:
+    """The state before the first step, flat."""
+    parts = [np.full(math.prod(shape), first[name], np.int64) for name, shape in shapes.items()]
+    return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+
+
+def named_state(shapes: Mapping[str, tuple[int, ...]], state: IntArray) -> dict[str, IntArray]:
+    """The parts of a flat state by name."""
+    sizes = [math.prod(shape) for shape in shapes.values()]
+    parts = np.split(state, np.cumsum(sizes)[:-1]) if sizes else []
+    return {name: part.reshape(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}

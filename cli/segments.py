@@ -1,0 +1,103 @@
+"""``mambaint prove --segment-steps``: a sequence as a chain of linked segments."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import click
+
+from cli.proving import DEVELOPMENT_NOTE, activity
+
+Settings = tuple[int, bool, bool, int | None, Path | None, str | None]
+"""Steps of a segment, --public-input, --public-states, --logrows, --srs, --srs-sha256."""
+
+
+def prove_in_segments(
+    input_path: Path | None,
+    model: Path,
+    settings: Settings,
+    ram: float | None,
+    out: Path,
+    workers: int,
+    as_json: bool,
+) -> None:
+    """Prove, write the proof and verifier.zip, and print what was done; without a path of a stream."""
+    from circuits.segment import reduction
+    from mamba_int.errors import MambaintError
+    from mamba_int.files import write_bytes
+    from mamba_int.graph import Graph
+    from quantize.input_file import read_input, read_steps
+    from zk.prove_chain import prepare_chain, prove_chain
+    from zk.segment_steps import pick_steps
+
+    graph = Graph.load(model)
+    inputs = None if input_path is None else read_input(input_path, graph, reduction(graph) is None)
+    # Beside the proof: a run that goes on finds what is done.
+    folder = out.with_name(f"{out.stem}.segments")
+    steps, public_input, public_states, logrows, srs_path, srs_sha256 = settings
+    with activity(as_json) as say:
+        if not steps and inputs is None:
+            raise MambaintError("a stream has no length to choose from", "give --segment-steps N")
+        if not steps and inputs is not None:
+            memory = None if ram is None else int(ram * 1e9)
+            steps = pick_steps(graph, len(inputs), not public_states, memory, say)
+        chain = prepare_chain(graph, steps, public_input, public_states, logrows, srs_path, srs_sha256, say)
+        started = time.perf_counter()
+        total = None if inputs is None else -(-len(inputs) // steps)
+
+        def tell(done: int, more: bool) -> None:
+            if total is None:
+                say(f"proving the stream, {done} segments done")
+            else:
+                left = (time.perf_counter() - started) / done * (total - done)
+                say(f"proving, {done} of {total} segments, about {left:.0f} s left")
+
+        say("proving")
+        pieces = read_steps(sys.stdin, graph) if inputs is None else [inputs]
+        proof = prove_chain(chain, pieces, folder, workers, tell)
+    verifier = out.parent / "verifier.zip"
+    write_bytes(verifier, chain.package)
+    write_bytes(out, proof.file)
+    shutil.rmtree(folder, ignore_errors=True)
+
+    keys = [circuit.keys for circuit in (chain.segment, chain.head) if circuit is not None]
+    circuit = chain.segment.lowered.circuit
+    result = {
+        "model_id": graph.model_id,
+        "steps": proof.steps,
+        "segments": proof.segments,
+        "segment_steps": steps,
+        "proved_now": proof.proved,
+        "rows": circuit.rows,
+        "logrows": circuit.logrows,
+        "keygen_seconds": round(sum(key.keygen_seconds for key in keys), 3),
+        "prove_seconds": round(proof.prove_seconds, 3),
+        "wall_seconds": round(proof.wall_seconds, 3),
+        "peak_bytes": proof.peak_bytes,
+        "file_bytes": len(proof.file),
+        "outputs": proof.public["logits"],
+        "input_is_public": public_input,
+        "states_are_public": public_states,
+        "srs": keys[0].srs.kind,
+        "proof": str(out),
+        "verifier": str(verifier),
+    }
+    if as_json:
+        click.echo(json.dumps(result, indent=2))
+        return
+    found = proof.segments - proof.proved
+    click.echo(
+        f"proved    {proof.segments} linked segments of {steps} steps in {proof.wall_seconds:.1f} s"
+        f"{f' ({found} of them found from before)' if found else ''}, {proof.peak_bytes / 1e6:.0f} MB each; "
+        f"{circuit.rows:,} rows of 2^{circuit.logrows}"
+    )
+    click.echo(f"states    {'public' if public_states else 'hidden behind commitments'}")
+    click.echo(f"model     {graph.model_id}")
+    click.echo(f"proof     {out} ({len(proof.file):,} bytes)")
+    click.echo(f"verifier  {verifier}")
+    if keys[0].srs.kind == "development":
+        click.echo(DEVELOPMENT_NOTE)

@@ -1,0 +1,436 @@
+"""Chains of segments: what a user sees, and every way to link what does not belong together."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import stat
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from circuits.cells import Values
+from circuits.circuit import Witness
+from circuits.lowering import MARGIN_ROWS, build_circuit, lower
+from circuits.segment import PLACE, Segment, initial_state, leaving, named_state, reduction, step_unit
+from mamba_int.errors import MambaintError
+from mamba_int.graph import Graph, IntArray
+from mamba_int.interpreter import evaluate
+from tests.circuits_runtime.models import random_graph
+from zk import prove_chain as proving
+from zk.chain_package import ChainPackage, decode_chain_package
+from zk.chain_proof import ChainProof, SegmentProof, decode_chain_proof
+from zk.prove import mock
+from zk.prove_chain import (
+    ChainSecret,
+    ProvableChain,
+    SegmentCircuit,
+    prepare_chain,
+    prove_chain,
+    segment_witness,
+    state_after_witness,
+)
+from zk.segment_steps import BYTES_PER_ROW, pick_steps
+from zk.verify import Verdict
+from zk.verify_chain import check_chain, check_one, state_before
+
+TEXT: dict[str, Any] = {
+    "task": "language_model",
+    "vocab_size": 11,
+    "seq_len": 16,
+    "chunk_size": 4,
+    "d_model": 4,
+    "d_state": 2,
+}
+LENGTH = 11
+"""Steps of the sequence of the tests: two segments of four, and three steps of a third."""
+
+
+@dataclass(frozen=True)
+class Chains:
+    """Two chains of the same model, and the circuits."""
+
+    chain: ProvableChain
+    package: ChainPackage
+    digest: str
+    first: ChainProof
+    second: ChainProof
+    inputs: IntArray
+
+    def verdict(self, proof: ChainProof) -> Verdict:
+        """On a file that may have been put together by a liar."""
+        return check_chain(proof.encode(), self.package, self.digest)
+
+
+def tokens(seed: int) -> IntArray:
+    return np.random.default_rng(seed).integers(0, 11, LENGTH)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module", params=["shown", "hidden"])
+def chains(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Chains:
+    """With the states among the public values, and with commitments to them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MAMBAINT_CACHE", str(cache))
+        graph, _ = random_graph(0, **TEXT)
+        chain = prepare_chain(graph, 4, public_states=request.param == "shown")
+        folder = tmp_path_factory.mktemp("chains")
+        files = [prove_chain(chain, [tokens(seed)], folder / str(seed)).file for seed in (0, 1)]
+    package = decode_chain_package(chain.package, "test")
+    digest = hashlib.sha256(chain.package).hexdigest()
+    first, second = (decode_chain_proof(file) for file in files)
+    return Chains(chain, package, digest, first, second, tokens(0))
+
+
+def with_segments(proof: ChainProof, *segments: SegmentProof, steps: int = 0) -> ChainProof:
+    return replace(proof, segments=segments, steps=steps or proof.steps)
+
+
+def moved_state(segment: SegmentProof) -> SegmentProof:
+    """Another state after it: of a hidden one another commitment, the second point of the proof."""
+    if segment.state:
+        return replace(segment, state=(segment.state[0] + 1, *segment.state[1:]))
+    proof = bytearray(segment.proof)
+    proof[64:128] = proof[:64]
+    return replace(segment, proof=bytes(proof))
+
+
+def other_state(segment: SegmentProof) -> SegmentProof:
+    """Without the state that is shown, or with one where none is."""
+    return replace(segment, state=() if segment.state else (1, 2))
+
+
+def test_honest_chain_is_one_statement_about_the_whole_sequence(chains: Chains) -> None:
+    verdict = chains.verdict(chains.first)
+    assert (verdict.valid, verdict.reason) == (True, "")
+    assert verdict.public == {"logits": evaluate(chains.chain.graph, chains.inputs[None])[0].ravel().tolist()}
+    assert verdict.statement["seq_len"] == LENGTH and verdict.statement["segments"] == 3
+
+
+ATTACKS: dict[str, Callable[[ChainProof, ChainProof], ChainProof]] = {
+    "first dropped": lambda a, b: with_segments(a, *a.segments[1:], steps=7),
+    "middle dropped": lambda a, b: with_segments(a, a.segments[0], a.segments[2], steps=7),
+    "last dropped": lambda a, b: with_segments(a, *a.segments[:2], steps=8),
+    "last dropped, its padding kept": lambda a, b: with_segments(a, *a.segments[:2], steps=7),
+    "duplicated": lambda a, b: with_segments(
+        a, a.segments[0], a.segments[0], a.segments[1], a.segments[2], steps=15
+    ),
+    "last duplicated": lambda a, b: with_segments(a, *a.segments, a.segments[2], steps=15),
+    "swapped": lambda a, b: with_segments(a, a.segments[1], a.segments[0], a.segments[2]),
+    "replayed from another input": lambda a, b: with_segments(a, a.segments[0], b.segments[1], a.segments[2]),
+    "spliced": lambda a, b: with_segments(a, a.segments[0], *b.segments[1:]),
+    "spliced under the other's number": lambda a, b: with_segments(b, a.segments[0], *b.segments[1:]),
+    "number of another chain": lambda a, b: replace(a, chain=b.chain),
+    "state tampered": lambda a, b: with_segments(a, moved_state(a.segments[0]), *a.segments[1:]),
+    "last state tampered": lambda a, b: with_segments(a, *a.segments[:2], moved_state(a.segments[2])),
+    "logits tampered": lambda a, b: with_segments(
+        a,
+        replace(
+            a.segments[0],
+            public={"logits": [a.segments[0].public["logits"][0] + 1, *a.segments[0].public["logits"][1:]]},
+        ),
+        *a.segments[1:],
+    ),
+    "padding shown as steps": lambda a, b: replace(a, steps=12),
+    "steps hidden as padding": lambda a, b: replace(a, steps=10),
+    "fewer steps than segments": lambda a, b: replace(a, steps=8),
+    "more steps than segments": lambda a, b: replace(a, steps=13),
+    "proof of another length": lambda a, b: with_segments(
+        a, replace(a.segments[0], proof=a.segments[0].proof + b"\0"), *a.segments[1:]
+    ),
+    "state left out or added": lambda a, b: with_segments(a, other_state(a.segments[0]), *a.segments[1:]),
+    "state beside the links": lambda a, b: with_segments(
+        a,
+        replace(a.segments[0], public=a.segments[0].public | {"state_in": list(a.segments[0].state)}),
+        *a.segments[1:],
+    ),
+    "place beside the links": lambda a, b: with_segments(
+        a, replace(a.segments[0], public=a.segments[0].public | {"chain": [a.chain, 0, 0]}), *a.segments[1:]
+    ),
+    "another model": lambda a, b: replace(a, model_id="0" * 64),
+    "another package": lambda a, b: replace(a, verifier_package="0" * 64),
+}
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_segments_that_are_not_the_chain_are_refused(chains: Chains, name: str) -> None:
+    forged = ATTACKS[name](chains.first, chains.second)
+    assert forged != chains.first and forged != chains.second
+    verdict = chains.verdict(forged)
+    assert not verdict.valid and verdict.reason and verdict.public == {}
+
+
+def prove_one(circuit: SegmentCircuit, witness: Witness) -> SegmentProof:
+    answer = proving._prove(circuit, witness, None)
+    return proving._segment_proof(witness, bytes.fromhex(answer["proof"]))
+
+
+def test_chain_that_starts_from_another_state_verifies_alone_and_not_as_a_chain(chains: Chains) -> None:
+    circuit = chains.chain.segment
+    begun = chains.chain.first_state.copy()
+    begun[0] += 1
+    witness = segment_witness(circuit.lowered, chains.inputs[:4], begun, (5, 0, 4))
+    segment = prove_one(circuit, witness)
+    before = state_before(segment, chains.package.segment, tuple(begun.tolist()))
+    assert before != chains.package.first_state
+    check_one(segment, (5, 0, 4), before, chains.package.segment)
+    proof = ChainProof(chains.package.model_id, chains.digest, 5, 4, (segment,))
+    verdict = chains.verdict(proof)
+    assert not verdict.valid and "segment 0" in verdict.reason
+
+
+def test_segment_of_another_length_is_of_another_package(
+    chains: Chains, monkeypatch: pytest.MonkeyPatch, cache: Path, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("MAMBAINT_CACHE", str(cache))
+    other = prepare_chain(chains.chain.graph, 8, public_states=not chains.chain.hidden)
+    proof = decode_chain_proof(prove_chain(other, [chains.inputs], tmp_path / "c").file)
+    assert not chains.verdict(proof).valid
+    for steps in (4, 8):
+        forged = replace(proof, verifier_package=chains.digest, segments=proof.segments[:1], steps=steps)
+        assert not chains.verdict(forged).valid
+
+
+def test_chain_of_another_model_is_refused_under_a_forged_name(
+    chains: Chains, monkeypatch: pytest.MonkeyPatch, cache: Path, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("MAMBAINT_CACHE", str(cache))
+    graph, _ = random_graph(1, **TEXT)
+    chain = prepare_chain(graph, 4, public_states=not chains.chain.hidden)
+    other = decode_chain_proof(prove_chain(chain, [tokens(0)[:4]], tmp_path / "c").file)
+    assert other.model_id != chains.first.model_id
+    forged = replace(other, model_id=chains.first.model_id, verifier_package=chains.digest)
+    assert "segment 0" in chains.verdict(forged).reason
+
+
+def test_killed_run_goes_on_and_proves_nothing_twice(
+    chains: Chains, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    honest, calls = proving._prove, []
+
+    def killed(circuit: SegmentCircuit, witness: Witness, timeout: float | None) -> dict[str, Any]:
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        calls.append(witness)
+        return honest(circuit, witness, timeout)
+
+    monkeypatch.setattr(proving, "_prove", killed)
+    with pytest.raises(KeyboardInterrupt):
+        prove_chain(chains.chain, [chains.inputs], tmp_path / "c")
+    monkeypatch.setattr(proving, "_prove", honest)
+    result = prove_chain(chains.chain, [chains.inputs], tmp_path / "c")
+    assert (result.segments, result.proved) == (3, 2)
+    assert chains.verdict(decode_chain_proof(result.file)).valid
+    assert stat.S_IMODE((tmp_path / "c/chain.json").stat().st_mode) == 0o600
+    # What was damaged, or is of another place, is proved again.
+    files = [path for path in (tmp_path / "c").iterdir() if path.name != "chain.json"]
+    assert len(files) == 3
+    files[0].write_bytes(files[0].read_bytes()[:-9])
+    files[1].write_bytes(files[2].read_bytes())
+    again = prove_chain(chains.chain, [chains.inputs], tmp_path / "c")
+    assert again.proved == 2 and chains.verdict(decode_chain_proof(again.file)).valid
+
+
+def test_input_begun_in_the_folder_of_another_shares_no_segment_and_no_salt(
+    chains: Chains, tmp_path: Path
+) -> None:
+    """Under the same salts two states would show the commitment of their difference."""
+    first = prove_chain(chains.chain, [chains.inputs], tmp_path / "c")
+    second = prove_chain(chains.chain, [tokens(1)], tmp_path / "c")
+    assert (first.proved, second.proved) == (3, 3)
+    assert chains.verdict(decode_chain_proof(second.file)).valid
+    secret = ChainSecret(b"s" * 32)
+    assert secret.salts(1, np.array([1, 2])) != secret.salts(1, np.array([1, 3]))
+    assert secret.salts(1, np.array([1, 2])) == secret.salts(1, np.array([1, 2]))
+
+
+def test_stream_is_proved_while_it_lasts_and_closed_at_any_time(
+    chains: Chains, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    honest, log = proving._prove, []
+
+    def logged(circuit: SegmentCircuit, witness: Witness, timeout: float | None) -> dict[str, Any]:
+        log.append("proof")
+        return honest(circuit, witness, timeout)
+
+    monkeypatch.setattr(proving, "_prove", logged)
+
+    def arriving() -> Iterator[IntArray]:
+        for t in range(LENGTH):
+            log.append("step")
+            yield chains.inputs[t : t + 1]
+
+    result = prove_chain(chains.chain, arriving(), tmp_path / "c")
+    assert (result.steps, result.segments) == (LENGTH, 3)
+    assert log.index("proof") < len(log) - 1 - log[::-1].index("step")
+    verdict = chains.verdict(decode_chain_proof(result.file))
+    assert verdict.valid and verdict.public == chains.verdict(chains.first).public
+
+
+def test_part_of_a_chain_is_never_valid_and_says_so(chains: Chains) -> None:
+    """A part that verifies must not pass for the whole, and one that does not must not pass for a part."""
+
+    def part(proof: ChainProof, only: range) -> Verdict:
+        return check_chain(proof.encode(), chains.package, chains.digest, only=only)
+
+    honest = part(chains.first, range(1, 3))
+    assert not honest.valid and honest.reason.startswith("partial: segments 1 to 2 of 3")
+    assert honest.public == {}
+    assert part(chains.first, range(3)).reason.startswith("partial")
+    forged = with_segments(chains.first, chains.first.segments[0], *chains.second.segments[1:])
+    assert part(forged, range(1)).reason.startswith("partial")
+    assert part(forged, range(1, 2)).reason.startswith("segment 1")
+    for only in (range(2, 4), range(3, 3), range(-1, 1)):
+        assert "0 to 2" in part(chains.first, only).reason
+
+
+def test_no_more_workers_than_the_memory_holds(chains: Chains, monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = chains.chain.segment.keys.peak_bytes
+    for free, workers in ((3 * needed, 3), (3 * needed - 1, 2), (1, 1), (None, 8)):
+        monkeypatch.setattr(proving, "available_memory", lambda free=free: free)
+        assert proving.fitting(8, chains.chain) == workers
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_length_that_is_picked_is_the_cheapest_that_fits(
+    hidden: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph, _ = random_graph(0, **TEXT)
+    monkeypatch.setattr("zk.segment_steps.stored_calibration", lambda: None)
+    memory = BYTES_PER_ROW << 15
+
+    def rows(steps: int, logrows: int) -> int:
+        segment = Segment(steps, hidden=hidden)
+        return lower(graph, logrows, False, True, segment=segment).circuit.rows + MARGIN_ROWS
+
+    steps = pick_steps(graph, 24, hidden, memory)
+    sizes = {s: next((k for k in (14, 15) if rows(s, k) <= 1 << k), 0) for s in range(4, 25, 4)}
+    costs = {s: -(-24 // s) << k for s, k in sizes.items() if k}
+    assert -(-24 // steps) << sizes[steps] == min(costs.values())
+    with pytest.raises(MambaintError, match="memory"):
+        pick_steps(graph, 24, hidden, BYTES_PER_ROW << 9)
+
+
+def test_no_steps_are_no_statement(chains: Chains, tmp_path: Path) -> None:
+    with pytest.raises(MambaintError, match="no steps"):
+        prove_chain(chains.chain, [], tmp_path / "c")
+
+
+def test_folder_of_another_package_is_refused(chains: Chains, tmp_path: Path) -> None:
+    prove_chain(chains.chain, [chains.inputs[:4]], tmp_path / "c")
+    other = replace(chains.chain, package=replace(chains.package, segment_steps=5).encode())
+    with pytest.raises(MambaintError, match="another model"):
+        prove_chain(other, [chains.inputs[:4]], tmp_path / "c")
+
+
+def test_every_part_of_a_hidden_state_is_the_one_computed(cache: Path) -> None:
+    """The commitment is to private copies: a liar's copy must not differ from what the circuit computes."""
+    graph, inputs = random_graph(0, **TEXT)
+    lowered = build_circuit(graph, segment=Segment(4, hidden=True))
+    carried = lowered.carried
+    assert carried is not None
+    first = named_state(carried.shapes, initial_state(carried.shapes, carried.first))
+    given = first | {PLACE: np.array([1, 0, 4])}
+
+    def moved(values: Values) -> Values:
+        flat = values.ravel()
+        flat[-2] += 1
+        return flat.reshape(values.shape)
+
+    lies = [{}, *({leaving(name): moved} for name in carried.shapes)]
+    witnesses = [lowered.witness(inputs[2, :4], lies=lie, given=given) for lie in lies]
+    assert mock(lowered.circuit, witnesses) == [True, *[False] * len(carried.shapes)]
+
+
+def traced_states(graph: Graph, inputs: IntArray, form: Segment, challenged: bool) -> list[Witness]:
+    """Witnesses of all segments; the last has the head where there is one."""
+    steps, body = form.steps, build_circuit(graph, challenged=challenged, segment=form)
+    assert body.carried is not None
+    state = initial_state(body.carried.shapes, body.carried.first)
+    count, found = len(inputs) // steps, []
+    for i in range(count):
+        lowered = body
+        if reduction(graph) is not None and i == count - 1:
+            lowered = build_circuit(graph, challenged=challenged, segment=replace(form, head=True))
+        witness = segment_witness(lowered, inputs[i * steps : (i + 1) * steps], state, (0, i, 0))
+        found.append(witness)
+        state = state_after_witness(lowered, witness)
+    return found
+
+
+@pytest.mark.parametrize(("challenged", "hidden"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize(
+    "forms",
+    [
+        {"task": "language_model", "vocab_size": 7, "n_layer": 2},
+        {"pooling": "mean", "rotation": "shear"},
+        {"pooling": "last", "rotation": "none", "d_conv": 2},
+    ],
+)
+def test_segments_compute_the_integers_of_the_whole(
+    forms: dict[str, Any], challenged: bool, hidden: bool
+) -> None:
+    small = {"seq_len": 8, "chunk_size": 4, "d_model": 4, "d_state": 2}
+    graph, inputs = random_graph(0, **(small | forms))
+    for sequence in inputs[1:4]:
+        found = traced_states(graph, sequence, Segment(4, hidden=hidden), challenged)
+        wanted = evaluate(graph, sequence[None])[0].ravel().tolist()
+        shown = [v for witness in found for v in witness.public.get("logits", [])]
+        assert shown[-len(wanted) :] == wanted
+
+
+@pytest.mark.parametrize("steps", [0, 3, 6])
+def test_segment_that_does_not_end_with_a_chunk_is_refused(steps: int) -> None:
+    graph, _ = random_graph(0, **TEXT)
+    assert step_unit(graph) == 4
+    with pytest.raises(MambaintError, match="multiple of 4"):
+        build_circuit(graph, segment=Segment(steps))
+
+
+def test_model_of_one_chunk_is_refused() -> None:
+    graph, _ = random_graph(0, seq_len=8, chunk_size=8, pooling="last")
+    with pytest.raises(MambaintError, match="one chunk"):
+        build_circuit(graph, segment=Segment(8))
+
+
+@pytest.mark.parametrize("change", ["version", "first_state", "steps", "member", "byte"])
+def test_altered_package_is_not_used(chains: Chains, change: str) -> None:
+    raw = chains.chain.package
+    assert decode_chain_package(raw, "test").encode() == raw
+    package = chains.package
+    if change == "version":
+        raw = raw.replace(b'"version":1', b'"version":2')
+    elif change == "first_state":
+        raw = replace(package, first_state=package.first_state[2:]).encode()
+    elif change == "steps":
+        raw = replace(package, total_steps=8).encode()
+    elif change == "member":
+        raw = replace(package, head=package.segment).encode()
+    else:
+        raw = raw[:200] + bytes([raw[200] ^ 1]) + raw[201:]
+    with pytest.raises(MambaintError, match="cannot be used"):
+        decode_chain_package(raw, "test")
+
+
+@pytest.mark.parametrize("change", ["not json", "field", "chain", "steps", "segments", "spaces"])
+def test_malformed_file_is_refused(chains: Chains, change: str) -> None:
+    content = json.loads(chains.first.encode())
+    if change == "field":
+        content["extra"] = 1
+    elif change == "chain":
+        content["chain"] = 1 << 128
+    elif change == "steps":
+        content["steps"] = True
+    elif change == "segments":
+        content["segments"] = []
+    raw = json.dumps(content, indent=1 if change == "spaces" else None, separators=(",", ":")).encode()
+    verdict = check_chain(raw[:-3] if change == "not json" else raw, chains.package, chains.digest)
+    assert not verdict.valid and verdict.reason

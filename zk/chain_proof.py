@@ -1,0 +1,123 @@
+"""The proof file of a chain: proofs of the segments of one sequence, in one canonical encoding.
+
+What links them is not in the file twice: the state after segment i *is* the state before segment i + 1, the
+first state is the package's, and positions count from 0. So a file cannot hold links that do not fit; it can
+only hold proofs that do not verify.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from circuits.circuit import CHAIN_BITS
+from mamba_int.errors import MambaintError
+from mamba_int.files import canonical_json, parse_json
+from zk.proof import MAX_FILE_BYTES, InvalidProof, decode_hash, decode_numbers, decode_proof_bytes, expect
+
+FORMAT = "mambaint-chain"
+VERSION = 1
+
+_FIELDS = {"format", "version", "model_id", "verifier_package", "chain", "steps", "segments"}
+_SEGMENT = {"public", "state", "proof"}
+
+
+@dataclass(frozen=True)
+class SegmentProof:
+    """One segment of a chain.
+
+    Attributes:
+        public: what its circuit shows besides its place and the states: logits, and the input if public.
+        state: the state after it, flat; empty after the last of a model with a head.
+        proof: the bytes of the proof.
+    """
+
+    public: dict[str, list[int]]
+    state: tuple[int, ...]
+    proof: bytes
+
+
+@dataclass(frozen=True)
+class ChainProof:
+    """Content of a chain's proof file.
+
+    Attributes:
+        model_id: the model it claims to be about.
+        verifier_package: SHA-256 (hex) of the verifier package it was made for.
+        chain: the number of the chain, drawn at random: segments of two chains do not mix.
+        steps: of the sequence; those of the last segment beyond it are padding.
+        segments: in order.
+    """
+
+    model_id: str
+    verifier_package: str
+    chain: int
+    steps: int
+    segments: tuple[SegmentProof, ...]
+
+    def encode(self) -> bytes:
+        """The bytes of the file: canonical JSON and a newline."""
+        content = {
+            "format": FORMAT,
+            "version": VERSION,
+            "model_id": self.model_id,
+            "verifier_package": self.verifier_package,
+            "chain": self.chain,
+            "steps": self.steps,
+            "segments": [
+                {"public": segment.public, "state": list(segment.state), "proof": segment.proof.hex()}
+                for segment in self.segments
+            ],
+        }
+        return canonical_json(content) + b"\n"
+
+
+def is_chain(raw: bytes) -> bool:
+    """Whether a proof file says that it is of a chain; the keys of canonical JSON are sorted."""
+    return raw.startswith(b'{"chain":')
+
+
+def decode_chain_proof(raw: bytes) -> ChainProof:
+    """Read the file strictly.
+
+    Raises:
+        InvalidProof: if any byte differs from what :meth:`ChainProof.encode` writes.
+    """
+    expect(len(raw) <= MAX_FILE_BYTES, f"the file has more than {MAX_FILE_BYTES} bytes")
+    try:
+        value = parse_json(raw, "the proof file")
+    except MambaintError as error:
+        raise InvalidProof(error.cause) from error
+    expect(isinstance(value, dict) and value.get("format") == FORMAT, "it is not a chain of mambaint")
+    found = value.get("version")
+    expect(
+        type(found) is int and found == VERSION,
+        f"it has format version {found!a} and this mambaint reads version {VERSION}",
+    )
+    expect(set(value) == _FIELDS, f"its fields are not exactly {', '.join(sorted(_FIELDS))}")
+    chain, steps, items = value["chain"], value["steps"], value["segments"]
+    expect(type(chain) is int and 0 <= chain < 1 << CHAIN_BITS, "the number of the chain is out of range")
+    expect(type(steps) is int and steps >= 1, "the number of steps is not a positive integer")
+    expect(isinstance(items, list) and len(items) >= 1, "it has no segments")
+    proof = ChainProof(
+        model_id=decode_hash(value["model_id"], "model_id"),
+        verifier_package=decode_hash(value["verifier_package"], "verifier_package"),
+        chain=chain,
+        steps=steps,
+        segments=tuple(_decode_segment(item) for item in items),
+    )
+    expect(proof.encode() == raw, "the file is not in the one canonical form")
+    return proof
+
+
+def _decode_segment(item: Any) -> SegmentProof:
+    expect(isinstance(item, dict) and set(item) == _SEGMENT, "a segment has wrong fields")
+    expect(isinstance(item["public"], dict), "public is not an object")
+    return SegmentProof(
+        public={
+            str(name): decode_numbers(values, f"public value {name!a}")
+            for name, values in item["public"].items()
+        },
+        state=tuple(decode_numbers(item["state"], "a state")),
+        proof=decode_proof_bytes(item["proof"]),
+    )

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-gpu check bench-digits bench-proving bench-estimate bench-gpu bench-char bench-conversion bench-char-conversion bench-quaternion bench-rotations clean
+.PHONY: setup demo test test-gpu check bench-digits bench-proving bench-estimate bench-gpu bench-char bench-conversion bench-char-conversion bench-quaternion bench-rotations bench-chain clean
 
 setup: $(STAMP)
 
@@ -61,6 +61,10 @@ bench-quaternion: setup
 # Three minutes on a GPU: which models compose rotations.
 bench-rotations: setup
 	$(BIN)/python -m benchmarks.rotations
+
+# Ten minutes on two cores: sequences of 64 to 1,024 tokens in linked segments, and a model of nanoGPT's size.
+bench-chain: setup
+	$(BIN)/python -m benchmarks.chain
 
 check: setup
 	$(BIN)/ruff check .

@@ -135,8 +135,8 @@ def command(
     Without options: the digits preset, half a minute. Interrupt with Ctrl-C at any time; the same
     command resumes, with the same result as if it had not been interrupted.
 
-    A [model] table with a mixer (mamba, mamba2, complex_mamba) is of a float model, as are the presets
-    whose names end in one; mambaint quantize converts it.
+    A [model] table with a mixer (mamba, mamba2, complex_mamba, quaternion) is of a float model, as are the
+    presets whose names end in one; mambaint quantize converts it.
 
     Several GPUs: torchrun --nproc-per-node N -m cli.main train ...
     """

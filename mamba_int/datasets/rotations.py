@@ -2,8 +2,8 @@
 
 A body rests for a step or more and then turns at every step by a quarter, one way or the other, about one of
 its own axes; the label is which of six directions its z axis points to in the end. Turns about different axes
-do not commute, so their order decides. Bodies to train on turn any number of times, so that the short sequences
-lead to the long ones; those to validate and test on turn at every step but the first.
+do not commute, so their order decides. Bodies to train on turn any number of times, so that the short
+sequences lead to the long ones; those to validate and test on turn at every step but the first.
 
 The same arguments give the same data everywhere: inputs are whole quarter turns, drawn by NumPy's PCG64.
 """
@@ -28,7 +28,7 @@ def composed_rotations(vectors: Floats) -> Floats:
     """Unit quaternions [n, T, 4] of the bodies after every step.
 
     Args:
-        vectors: rotation vectors (axis times angle) in radians, [n, T, 3], each in the body's frame at its step.
+        vectors: rotation vectors (axis times angle) in radians, [n, T, 3], each in the body's own frame.
 
     Returns:
         Q_t = q_1 q_2 ... q_t with q_t = cos |w|/2 + w / |w| sin |w|/2 (Hamilton's product): a vector v of the

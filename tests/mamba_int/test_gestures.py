@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mamba_int.datasets import ClassificationData, DataSource, load_data, source_from_path
+from mamba_int.datasets.assembly import Floats
 from mamba_int.datasets.gestures import CLASS_NAMES, STEP_SECONDS, load_gestures, write_gestures
 from mamba_int.errors import MambaintError
 
@@ -18,7 +19,7 @@ def data() -> ClassificationData:
     return load_gestures()
 
 
-def readings(path: Path) -> tuple[np.ndarray, list[str]]:
+def readings(path: Path) -> tuple[Floats, list[str]]:
     """float64 [n, 3, T] and labels, by another reader than ours."""
     text = path.read_text().split("@data\n")[1]
     rows = [line.split(":") for line in text.splitlines()]

@@ -55,6 +55,9 @@ def at_step(graph: Graph, whole: dict[str, IntArray], t: int) -> dict[str, IntAr
     found = {}
     for name, value in whole.items():
         owner, _, inner = name.rpartition(".")
+        if name not in graph.by_name and owner in graph.by_name and graph.by_name[owner].op == "scan":
+            found[name] = value[:, t]
+            continue
         if owner not in graph.by_name or name in graph.by_name or graph.by_name[owner].op != "ssd":
             found[name] = value[:, t : t + 1]
             continue

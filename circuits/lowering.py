@@ -229,7 +229,7 @@ def _ssd(low: _Lowering, node: Node, tensor: TensorType) -> Value:
 
 
 def _scan(low: _Lowering, node: Node, tensor: TensorType) -> Value:
-    return scan(low.operands(node), node, tensor)
+    return scan(low.operands(node), node, tensor, low.carried)
 
 
 def _isqrt(low: _Lowering, node: Node, tensor: TensorType) -> Value:

@@ -22,7 +22,7 @@ PLACE = "place"
 """Name of the private tensor that holds a segment's place in its chain."""
 
 
-CARRYING = ("conv", "ssd")
+CARRYING = ("conv", "scan", "ssd")
 """Operations whose memory :class:`Carried` hands on."""
 
 

@@ -3,7 +3,7 @@
 Every component of a state is the clamp of a shift of one dot, with q, its negative and B as the small side.
 Or products are claimed over the channels of each state; then what is made is H + H_limit, whose clamp begins
 at zero, and what reads it takes the sum of H_limit over the channels off, once for each state. Nothing is
-read before the first step.
+read before the first step of a sequence; that of a segment reads the state that enters.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ import numpy as np
 
 from circuits.cells import Cells, Get, Ids, Values
 from circuits.gadgets.values import Accumulation, Claimed, Grid, Summed, Value
+from circuits.segment import Carried
 from mamba_int.graph import Node, TensorType
 from mamba_int.operations.base import shifted
 from mamba_int.operations.scan import Scan, ScanShape, product_terms
 
 
-def scan(inputs: list[Value], node: Node, tensor: TensorType) -> Value:
+def scan(inputs: list[Value], node: Node, tensor: TensorType, carried: Carried | None = None) -> Value:
     """The gadget of ``scan``: y before its shift, [T, 4 G P]."""
-    b, states = inputs[0].builder, _States(inputs, node)
+    b, states = inputs[0].builder, _States(inputs, node, carried)
     if b.challenged:
         return _ReadStates(states, node, tensor)
     return Summed(b, node.name, tensor, lambda: states.read(tensor))
@@ -45,7 +46,7 @@ class _States:
         offset: by how much the cells of a state exceed it.
     """
 
-    def __init__(self, inputs: list[Value], node: Node) -> None:
+    def __init__(self, inputs: list[Value], node: Node, carried: Carried | None) -> None:
         self.b, self.node = inputs[0].builder, node
         types = [value.type for value in inputs]
         self.shape = ScanShape(node, types)
@@ -54,6 +55,16 @@ class _States:
         self._planes: tuple[Ids, Ids, Ids, Ids] | None = None
         self._states: list[Ids] = []
         self._over_channels: dict[int, Ids] = {}
+        self._entered: Ids | None = None
+        if carried is not None:
+            limit = node.integer("H_limit")
+            ends = self.offset - limit, self.offset + limit
+            self._entered = carried.enter(f"{node.name}:H", self.shape.state, *ends, self.offset)
+            carried.leave(f"{node.name}:H", lambda: self.states()[-1])
+
+    def before(self, t: int) -> Ids | None:
+        """Cells of H_{t-1}, plus the offset; None before the first step of a sequence."""
+        return self._states[t - 1] if t else self._entered
 
     def planes(self) -> tuple[Ids, Ids, Ids, Ids]:
         """Cells of x [T, G, P], q, B and C [T, components, G, N]."""
@@ -77,7 +88,7 @@ class _States:
         return self._states
 
     def _next(self, t: int) -> Ids:
-        reach, shape = self.reach[1 if t else 0], self.shape.state
+        reach, shape = self.reach[0 if self.before(t) is None else 1], self.shape.state
         name, places = f"{self.node.name}.H{t}", self.node.integer("q_bits")
         limit, offset = self.node.integer("H_limit"), self.offset << places
         tensor = TensorType(shape, offset - reach, offset + reach)
@@ -96,9 +107,9 @@ class _States:
         b, s = self.b, self.shape
         x, q, B, _ = (values[t] for values in self.planes())
         lefts = [np.broadcast_to(x[None, :, :, None], s.state)]
-        turns = self.turn_terms() if t else []
-        for terms in turns:
-            lefts.append(np.stack([self._states[t - 1][j] for _, j, _ in terms]))
+        before = self.before(t)
+        turns = [] if before is None else self.turn_terms()
+        lefts += [np.stack([before[j] for _, j, _ in terms]) for terms in turns if before is not None]
 
         def right(m: int) -> Ids:
             rows = [_scaled(b, B, m << self.node.integer("inflow_align"))]
@@ -159,17 +170,20 @@ class _States:
         return D.reshape(self.shape.groups, self.shape.channels) * m
 
     def over_channels(self, t: int) -> Ids:
-        """sum_p alpha^p H_t[m, g, p, n], random cells [components, G, N]."""
+        """sum_p alpha^p H_t[m, g, p, n], random cells [components, G, N]; of what enters for t = -1."""
         if t not in self._over_channels:
-            b, powers = self.b, self.b.powers(self.shape.channels)
-            raised = b.dot("mgpn,p->mgn", self._states[t], powers)
+            b, powers, state = self.b, self.b.powers(self.shape.channels), self.before(t + 1)
+            assert state is not None
+            raised = b.dot("mgpn,p->mgn", state, powers)
             offset = b.mul(b.total_weight(powers), b.constant([self.offset]))
             self._over_channels[t] = b.sub(raised, np.broadcast_to(offset, raised.shape))
         return self._over_channels[t]
 
     def honest_state(self, get: Get, t: int) -> Values:
         """Values of H_t."""
-        states: Values = get(self._states[t]) - self.offset
+        state = self.before(t + 1)
+        assert state is not None
+        states: Values = get(state) - self.offset
         return states
 
     def honest(self, get: Get) -> tuple[Values, Values, Values, Values]:
@@ -204,7 +218,7 @@ class _TurnedStates(Claimed):
         inflow = b.dot("ag,g->a", entering[None], x_over)
         everywhere = b.mul(b.total_weight(grid.rows), b.total_weight(grid.columns))
         parts = [(inflow, 1 << self._of.node.integer("inflow_align")), (everywhere, self._offset)]
-        if self._t:
+        if self._of.before(self._t) is not None:
             before = self._of.over_channels(self._t - 1)
             for sign in (1, -1):
                 chosen = [
@@ -225,7 +239,7 @@ class _TurnedStates(Claimed):
         x, q, B, _ = (values[self._t] for values in self._of.honest(get))
         total: Values = B[:, :, None, :] * x[None, :, :, None] << self._of.node.integer("inflow_align")
         total = total + self._offset
-        if self._t:
+        if self._of.before(self._t) is not None:
             H = self._of.honest_state(get, self._t - 1)
             for terms in self._of.turn_terms():
                 for m, (i, j, sign) in enumerate(terms):

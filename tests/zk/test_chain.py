@@ -20,6 +20,7 @@ from circuits.segment import PLACE, Segment, initial_state, leaving, named_state
 from mamba_int.errors import MambaintError
 from mamba_int.graph import Graph, IntArray
 from mamba_int.interpreter import evaluate
+from tests.circuits.conftest import GRAPHS
 from tests.circuits_runtime.models import random_graph
 from zk import prove_chain as proving
 from zk.chain_package import ChainPackage, decode_chain_package
@@ -385,6 +386,21 @@ def test_segments_compute_the_integers_of_the_whole(
         wanted = evaluate(graph, sequence[None])[0].ravel().tolist()
         shown = [v for witness in found for v in witness.public.get("logits", [])]
         assert shown[-len(wanted) :] == wanted
+
+
+@pytest.mark.parametrize(("challenged", "hidden"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize("name", ["scan_real", "scan_complex", "scan_quaternion"])
+def test_turned_states_are_carried_into_the_next_segment(name: str, challenged: bool, hidden: bool) -> None:
+    graph = replace(GRAPHS[name](), seq_len=6)
+    low, high = graph.input.integer("low"), graph.input.integer("high")
+    inputs = np.random.default_rng(0).integers(low, high + 1, (6, graph.input.integer("features")))
+    found = traced_states(graph, inputs, Segment(3, hidden=hidden), challenged)
+    whole = evaluate(graph, inputs[None])[0]
+    shown = [v for witness in found for v in witness.public["logits"]]
+    assert shown == whole.ravel().tolist()
+    assert evaluate(graph, inputs[None, 3:])[0].ravel().tolist() != whole[3:].ravel().tolist()
+    circuit = build_circuit(graph, challenged=challenged, segment=Segment(3, hidden=hidden)).circuit
+    assert mock(circuit, found) == [True, True]
 
 
 @pytest.mark.parametrize("steps", [0, 3, 6])

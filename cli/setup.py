@@ -13,6 +13,17 @@ from cli.proving import DEVELOPMENT_NOTE, activity, proving_options
 @click.command(name="setup")
 @proving_options
 @click.option(
+    "--segment-steps",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Keys for proofs in linked segments of N steps.",
+)
+@click.option(
+    "--public-states",
+    is_flag=True,
+    help="With --segment-steps: for proofs that show the states between segments.",
+)
+@click.option(
     "--out",
     type=click.Path(path_type=Path),
     default=Path("verifier.zip"),
@@ -28,6 +39,8 @@ def command(
     lookups: str,
     srs_path: Path | None,
     srs_sha256: str | None,
+    segment_steps: int | None,
+    public_states: bool,
     out: Path,
     as_json: bool,
 ) -> None:
@@ -39,19 +52,35 @@ def command(
     \b
     Example:
       mambaint setup --model runs/digits/quantized/model.mint --out verifier.zip
+      mambaint setup --segment-steps 64
     """
+    from mamba_int.errors import MambaintError
     from mamba_int.files import write_bytes
     from mamba_int.graph import Graph
     from quantize.latest import resolve_model
     from zk.provable import prepare
 
     graph = Graph.load(resolve_model(model))
+    if segment_steps is None and public_states:
+        raise MambaintError("--public-states is for segments", "give --segment-steps as well")
     with activity(as_json) as say:
-        ready = prepare(graph, public_input, commit_input, logrows, lookups, srs_path, srs_sha256, say)
-    write_bytes(out, ready.package)
-    circuit, keys = ready.lowered.circuit, ready.keys
+        if segment_steps is None:
+            ready = prepare(graph, public_input, commit_input, logrows, lookups, srs_path, srs_sha256, say)
+            package, circuit, keys = ready.package, ready.lowered.circuit, ready.keys
+        else:
+            from zk.prove_chain import prepare_chain
+
+            if commit_input or lookups != "table":
+                raise MambaintError(
+                    "segments are proved without --commit-input and --lookups none", "leave them out"
+                )
+            chain = prepare_chain(
+                graph, segment_steps, public_input, public_states, logrows, srs_path, srs_sha256, say
+            )
+            package, circuit, keys = chain.package, chain.segment.lowered.circuit, chain.segment.keys
+    write_bytes(out, package)
     result = {
-        "model_id": ready.graph.model_id,
+        "model_id": graph.model_id,
         "circuit_id": keys.circuit_id,
         "rows": circuit.rows,
         "logrows": circuit.logrows,
@@ -67,7 +96,7 @@ def command(
         return
     made = f"made in {keys.keygen_seconds:.1f} s" if keys.keygen_seconds else "found in the cache"
     click.echo(f"keys      {made}: {circuit.rows:,} rows of 2^{circuit.logrows}")
-    click.echo(f"model     {ready.graph.model_id}")
+    click.echo(f"model     {graph.model_id}")
     click.echo(f"circuit   {keys.circuit_id}")
     click.echo(f"verifier  {out}")
     if keys.srs.kind == "development":

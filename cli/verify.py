@@ -147,11 +147,19 @@ def command(
     if is_chain(read_proof(proof)):
         from zk.verify_chain import verify_chain
 
-        if rederive is not None or same_input is not None:
-            raise MambaintError(
-                "--rederive and --same-input are for proofs in one piece", "leave them out for a chain"
-            )
-        verdict = verify_chain(proof, trusted, expected, workers, _positions(only))
+        if same_input is not None:
+            raise MambaintError("--same-input is for proofs in one piece", "leave it out for a chain")
+        if rederive is None:
+            verdict = verify_chain(proof, trusted, expected, workers, _positions(only))
+        else:
+            if only is not None:
+                raise MambaintError("--only is no proof of the whole", "leave out --only or --rederive")
+            from mamba_int.graph import Graph
+            from quantize.latest import resolve_model
+            from zk.rederive import verify_chain_rederived
+
+            graph = Graph.load(resolve_model(rederive))
+            verdict = verify_chain_rederived(proof, trusted, graph, expected, srs_path, workers=workers)
     elif only is not None:
         raise MambaintError(f"{proof} is a proof in one piece", "leave out --only")
     elif rederive is None and same_input is None:

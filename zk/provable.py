@@ -16,7 +16,7 @@ from mamba_int.interpreter import evaluate
 from zk.calibration import stored_calibration
 from zk.estimate import Size, require_memory
 from zk.keys import Keys, keys_folder, make_keys
-from zk.srs import ceremony_srs, development_srs
+from zk.srs import check_choice, chosen_srs
 
 
 @dataclass(frozen=True)
@@ -98,10 +98,7 @@ def prepare(
         MambaintError: for any of the faults of lowering, the SRS and key generation; before anything is
             made if this machine was measured (see zk.calibration) and has too little memory.
     """
-    if (srs_path is None) != (srs_sha256 is None):
-        raise MambaintError(
-            "--srs and --srs-sha256 belong together", "give the ceremony file and the hash it is known by"
-        )
+    check_choice(srs_path, srs_sha256)
     if public_input and commit_input:
         raise MambaintError(
             "--public-input shows the input and --commit-input hides it", "give one of the two"
@@ -115,11 +112,9 @@ def prepare(
     if prediction is not None:
         require_memory(prediction.prove_peak_bytes)
     logrows = lowered.circuit.logrows
-    if srs_path is not None and srs_sha256 is not None:
-        srs = ceremony_srs(srs_path, srs_sha256, logrows)
-    else:
+    if srs_path is None:
         say(f"development SRS for 2^{logrows} rows")
-        srs = development_srs(logrows)
+    srs = chosen_srs(srs_path, srs_sha256, logrows)
     if prediction is not None and not keys_folder(lowered.circuit, srs).exists():
         require_memory(prediction.setup_peak_bytes)
     say(f"keys for {lowered.circuit.rows:,} rows (made once)")

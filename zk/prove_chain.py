@@ -39,7 +39,7 @@ from zk.package import Package, decode_package
 from zk.process import run_job
 from zk.proof import InvalidProof, decode_numbers, decode_proof_bytes
 from zk.provable import statement
-from zk.srs import ceremony_srs, development_srs
+from zk.srs import check_choice, chosen_srs
 from zk.verify_chain import check_chain, check_one, state_before
 
 FORMAT = "mambaint-chain-folder"
@@ -134,6 +134,7 @@ def prepare_chain(
     Raises:
         MambaintError: for a length that cannot be, and any fault of lowering, the SRS and key generation.
     """
+    check_choice(srs_path, srs_sha256)
     ended = reduction(graph) is not None
     if ended and (graph.seq_len % steps or graph.seq_len == steps):
         raise MambaintError(
@@ -152,17 +153,9 @@ def prepare_chain(
 
     def made(lowered: LoweredCircuit) -> SegmentCircuit:
         k = lowered.circuit.logrows
-        if srs_path is not None and srs_sha256 is not None:
-            srs = ceremony_srs(srs_path, srs_sha256, k)
-        else:
-            srs = development_srs(k)
-        assert lowered.carried is not None
-        first = initial_state(lowered.carried.shapes, lowered.carried.first)
-        low, features = graph.input.integer("low"), graph.input.integer("features")
-        sample = np.full((steps, features) if features else (steps,), low, np.int64)
+        srs = chosen_srs(srs_path, srs_sha256, k)
         say(f"keys for {lowered.circuit.rows:,} rows of 2^{k} (made once)")
-        witness = segment_witness(lowered, sample, first, (0, 0, 0))
-        keys = make_keys(lowered.circuit, witness, srs)
+        keys = make_keys(lowered.circuit, sample_witness(graph, lowered, steps), srs)
         return SegmentCircuit(lowered, keys, keys.package(stated))
 
     forms = [Segment(steps, head, not public_states) for head in ((False, True) if ended else (False,))]
@@ -181,7 +174,9 @@ def prepare_chain(
         head=None if head is None else head.package,
         segment_steps=steps,
         total_steps=graph.seq_len if ended else 0,
-        first_state=tuple(first.tolist()) if public_states else _first_commitment(body, first),
+        first_state=tuple(first.tolist())
+        if public_states
+        else first_commitment(body.lowered, body.package, body.keys.srs.path),
     )
     return ProvableChain(graph, steps, body, head, package.encode())
 
@@ -190,15 +185,29 @@ FIRST_SALTS = tuple(range(1, SALTS + 1))
 """Of the first state, which is no secret; not zero, since EZKL has no name for the commitment to zeros."""
 
 
-def _first_commitment(circuit: SegmentCircuit, first: IntArray) -> str:
-    """The commitment to the state before the first segment."""
-    package = circuit.package
-    values = (*_padded_state(circuit.lowered, first), *FIRST_SALTS)
+def sample_witness(graph: Graph, lowered: LoweredCircuit, steps: int) -> Witness:
+    """An honest witness of a segment: the lowest input, from the first state."""
+    assert lowered.carried is not None
+    first = initial_state(lowered.carried.shapes, lowered.carried.first)
+    low, features = graph.input.integer("low"), graph.input.integer("features")
+    inputs = np.full((steps, features) if features else (steps,), low, np.int64)
+    return segment_witness(lowered, inputs, first, (0, 0, 0))
+
+
+def first_commitment(lowered: LoweredCircuit, package: Package, srs: Path) -> str:
+    """The commitment to the state before the first segment, as :attr:`ChainPackage.first_state` has it.
+
+    Args:
+        lowered: the circuit of a segment. package: its verifier package. srs: the full SRS file.
+    """
+    assert lowered.carried is not None
+    first = initial_state(lowered.carried.shapes, lowered.carried.first)
+    values = (*_padded_state(lowered, first), *FIRST_SALTS)
     job = {
         "values": [field.encode(value) for value in values],
         "settings": package.settings.hex(),
         "vk": package.vk.hex(),
-        "srs": str(circuit.keys.srs.path),
+        "srs": str(srs),
     }
     point: str = run_job("commit", job, what="committing", timeout=300)["commitment"]
     return point

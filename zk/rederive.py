@@ -10,14 +10,18 @@ from dataclasses import fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from circuits.circuit import COMMITTED_INPUT
-from circuits.lowering import build_circuit
+from circuits.circuit import COMMITTED_INPUT, Witness
+from circuits.lowering import LoweredCircuit, build_circuit
 from circuits.sample import sample_input
+from circuits.segment import Segment, initial_state, reduction
 from mamba_int.graph import Graph
+from zk.chain_package import ChainPackage, read_chain_package
 from zk.keys import make_keys
 from zk.package import Package, read_package
+from zk.prove_chain import first_commitment, sample_witness
 from zk.srs import Srs, find_srs
 from zk.verify import Verdict, check, read_proof
+from zk.verify_chain import check_chain
 
 OTHER_KEY = "the verifying key is not that of this model"
 
@@ -52,6 +56,27 @@ def verify_rederived(
     return verdict.refused(reason) if reason else verdict
 
 
+def verify_chain_rederived(
+    proof_path: Path,
+    package_path: Path,
+    graph: Graph,
+    expected_model_id: str | None = None,
+    srs_path: Path | None = None,
+    cache: Path | None = None,
+    workers: int = 1,
+) -> Verdict:
+    """:func:`zk.verify_chain.verify_chain`, and then derive the chain's package anew from the model.
+
+    Args and errors as for :func:`verify_rederived`; ``workers`` as for ``verify_chain``.
+    """
+    package, digest = read_chain_package(package_path)
+    verdict = check_chain(read_proof(proof_path), package, digest, expected_model_id, workers)
+    if not verdict.valid:
+        return verdict
+    reason = chain_fault(package, graph, srs_path, cache)
+    return verdict.refused(reason) if reason else verdict
+
+
 def package_fault(
     package: Package, graph: Graph, srs_path: Path | None = None, cache: Path | None = None
 ) -> str:
@@ -59,15 +84,53 @@ def package_fault(
     if package.model_id != graph.model_id:
         return f"the trusted package is for model {package.model_id}, not {graph.model_id}"
     srs = _named_srs(package, srs_path, cache)
-    lowered = build_circuit(
+    lowered = _lowered(package, graph)
+    return _key_fault(package, lowered, lowered.witness(sample_input(graph)), srs)
+
+
+def chain_fault(
+    package: ChainPackage, graph: Graph, srs_path: Path | None = None, cache: Path | None = None
+) -> str:
+    """Why a chain's package is not that of a model; empty if it is. See :func:`package_fault`."""
+    if package.model_id != graph.model_id:
+        return f"the trusted package is for model {package.model_id}, not {graph.model_id}"
+    ends, steps = reduction(graph) is not None, package.segment_steps
+    if ends != (package.head is not None) or package.total_steps != (graph.seq_len if ends else 0):
+        return "the trusted package is for sequences of another form than this model's"
+    reason = ""
+    for circuit in (package.segment, package.head):
+        if circuit is None or reason:
+            continue
+        srs = _named_srs(circuit, srs_path, cache)
+        lowered = _lowered(circuit, graph, Segment(steps, circuit is package.head, package.hides_states))
+        reason = _key_fault(circuit, lowered, sample_witness(graph, lowered, steps), srs)
+        if circuit is package.segment and not reason:
+            assert lowered.carried is not None
+            first = initial_state(lowered.carried.shapes, lowered.carried.first)
+            wanted = (
+                first_commitment(lowered, circuit, srs.path)
+                if package.hides_states
+                else tuple(first.tolist())
+            )
+            reason = "" if wanted == package.first_state else "the first state is not that of this model"
+    return reason
+
+
+def _lowered(package: Package, graph: Graph, segment: Segment | None = None) -> LoweredCircuit:
+    """The circuit of the form that a package has."""
+    return build_circuit(
         graph,
         public_input=any(tensor.name == "input" for tensor in package.public),
         logrows=package.logrows,
         challenged=any(tensor.challenge for tensor in package.public),
         commit_input=any(name == COMMITTED_INPUT for name, _ in package.committed),
         lookups=any(tensor.name == "anchor" for tensor in package.public),
+        segment=segment,
     )
-    sample = lowered.witness(sample_input(graph))
+
+
+def _key_fault(package: Package, lowered: LoweredCircuit, sample: Witness, srs: Srs) -> str:
+    """What of a package differs from that of a circuit; empty if nothing does."""
     # The keys, with a proving key among them, live no longer than this block.
     with TemporaryDirectory(prefix="mambaint-") as folder:
         derived = make_keys(lowered.circuit, sample, srs, Path(folder)).package(package.statement)

@@ -112,3 +112,27 @@ def ceremony_srs(path: Path, sha256: str, logrows: int) -> Srs:
     if digest != sha256.strip().lower():
         raise MambaintError(f"the SRS {path} has SHA-256 {digest}, not {sha256}", remedy)
     return Srs(path, "ceremony", digest, logrows)
+
+
+def check_choice(path: Path | None, sha256: str | None) -> None:
+    """Refuse a ceremony's file without its hash, or the reverse.
+
+    Raises:
+        MambaintError: saying so.
+    """
+    if (path is None) != (sha256 is None):
+        raise MambaintError(
+            "--srs and --srs-sha256 belong together", "give the ceremony file and the hash it is known by"
+        )
+
+
+def chosen_srs(path: Path | None, sha256: str | None, logrows: int) -> Srs:
+    """The SRS of a ceremony, or without a path one made on this machine.
+
+    Raises:
+        MambaintError: if only one of file and hash is given, or the file is not what it has to be.
+    """
+    check_choice(path, sha256)
+    if path is not None and sha256 is not None:
+        return ceremony_srs(path, sha256, logrows)
+    return development_srs(logrows)

@@ -123,8 +123,8 @@ def test_the_package_says_whether_its_circuit_has_lookups(
         def encode(self) -> bytes:
             return b""
 
-    monkeypatch.setattr("zk.keys.make_keys", Made)
-    monkeypatch.setattr("zk.srs.development_srs", lambda logrows: None)
+    monkeypatch.setattr("zk.provable.make_keys", Made)
+    monkeypatch.setattr("zk.provable.chosen_srs", lambda path, sha256, logrows: None)
     graph, _ = random_graph(**FORMS)
     ready = prepare(graph, False, False, None, lookups, None, None, lambda _: None)
     assert ready.lowered.circuit.lookups is reads_table
@@ -306,6 +306,12 @@ def test_long_sequence_is_proved_in_segments_and_verified_as_one(
     assert verdict["outputs"] == logits
     code, out, _ = cli("verify", "proof.json")
     assert code == 0 and "10 steps in 3 linked segments" in out
+    # The publisher's package is the prover's, to the byte, and that of no other model.
+    cli.json("setup", "--model", "text.mint", "--segment-steps", "4", "--out", "published.zip")
+    assert (folder / "published.zip").read_bytes() == (folder / "verifier.zip").read_bytes()
+    assert cli.json("verify", "proof.json", "--rederive", "text.mint")["rederived"]
+    code, out, _ = cli("verify", "proof.json", "--rederive", "model.mint")
+    assert code == 1 and "is for model" in out
     code, out, _ = cli("verify", "proof.json", "--only", "1..2")
     assert code == 1 and out.startswith("PARTIAL: segments 1 to 2 of 3")
     for only in ("2", "2..1", "a..b"):
@@ -331,5 +337,5 @@ def test_long_sequence_is_proved_in_segments_and_verified_as_one(
         assert (code, out, fault.count("\n")) == (2, "", 1) and words in fault
     code, _, fault = cli("prove", "--input", "x.json", "--model", "model.mint", "--workers", "2")
     assert code == 2 and "--segment-steps" in fault
-    code, _, fault = cli("verify", "proof.json", "--rederive", "text.mint")
+    code, _, fault = cli("verify", "proof.json", "--same-input", "q.json")
     assert code == 2 and "in one piece" in fault

@@ -35,6 +35,7 @@ from zk.prove_chain import (
     segment_witness,
     state_after_witness,
 )
+from zk.rederive import OTHER_KEY, chain_fault
 from zk.segment_steps import BYTES_PER_ROW, pick_steps
 from zk.verify import Verdict
 from zk.verify_chain import check_chain, check_one, state_before
@@ -291,6 +292,21 @@ def test_part_of_a_chain_is_never_valid_and_says_so(chains: Chains) -> None:
     assert part(forged, range(1, 2)).reason.startswith("segment 1")
     for only in (range(2, 4), range(3, 3), range(-1, 1)):
         assert "0 to 2" in part(chains.first, only).reason
+
+
+def test_package_is_that_of_the_model_down_to_the_first_state(
+    chains: Chains, monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> None:
+    """A package with a first state of its maker's choice would link proofs that begin in mid-sequence."""
+    monkeypatch.setenv("MAMBAINT_CACHE", str(cache))
+    package, graph = chains.package, chains.chain.graph
+    assert chain_fault(package, graph) == ""
+    first = package.first_state
+    other = first[:-1] + ("0" if first[-1] != "0" else "1") if isinstance(first, str) else (1, *first[1:])
+    assert "first state" in chain_fault(replace(package, first_state=other), graph)
+    sibling, _ = random_graph(1, **TEXT)
+    forged = replace(package.segment, model_id=sibling.model_id)
+    assert chain_fault(replace(package, segment=forged), sibling) == OTHER_KEY
 
 
 def test_no_more_workers_than_the_memory_holds(chains: Chains, monkeypatch: pytest.MonkeyPatch) -> None:

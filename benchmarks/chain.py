@@ -86,7 +86,7 @@ def run(chain: ProvableChain, length: int, workers: int) -> dict[str, Any]:
     vocabulary = chain.graph.input.integer("high") + 1
     tokens = np.random.default_rng(length).integers(0, vocabulary, length)
     with TemporaryDirectory(prefix="mambaint-bench-") as folder:
-        proof = prove_chain(chain, [tokens], Path(folder), workers)
+        proof = prove_chain(chain, [tokens], Path(folder), workers=workers)
     package = decode_chain_package(chain.package, "measured")
     digest = hashlib.sha256(chain.package).hexdigest()
     started = time.perf_counter()

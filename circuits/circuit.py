@@ -49,6 +49,8 @@ CHAIN_BITS = 128
 """Of the number of a chain, which is drawn at random."""
 STATE_IN, STATE_OUT = "state_in", "state_out"
 """Names of the states before and after a segment, as public values or as committed inputs."""
+GENERATED, TOKENS = "generated", "tokens"
+"""Of a segment that shows what a language model generated: which steps, and their tokens (0 elsewhere)."""
 SALTS = 8
 """Random field elements behind the values of a committed input.
 

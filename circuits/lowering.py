@@ -17,17 +17,20 @@ from circuits.circuit import (
     CHAIN_BITS,
     CHAIN_VALUES,
     COMMITTED_INPUT,
+    GENERATED,
     LARGEST_LOGROWS,
     SALTS,
     SMALLEST_LOGROWS,
     STATE_IN,
     STATE_OUT,
+    TOKENS,
     Circuit,
     InputTensor,
     PublicTensor,
     Witness,
 )
 from circuits.constraint_onnx import write_onnx
+from circuits.gadgets.argmax import argmax
 from circuits.gadgets.choice import compare, pointer, select, table
 from circuits.gadgets.conv import conv
 from circuits.gadgets.division import div, isqrt
@@ -46,7 +49,18 @@ from circuits.gadgets.values import (
     clamp_from_zero,
 )
 from circuits.polynomials import SQUARE, PolynomialCells
-from circuits.segment import PLACE, Carried, Segment, check_steps, leaving, reduction, types_of
+from circuits.segment import (
+    FLAGS,
+    NEXT_TOKEN,
+    PLACE,
+    Carried,
+    Segment,
+    check_greedy,
+    check_steps,
+    leaving,
+    reduction,
+    types_of,
+)
 from mamba_int.errors import MambaintError
 from mamba_int.graph import Graph, Node, TensorType
 from mamba_int.operations.choice import Table
@@ -59,7 +73,9 @@ CLAIM_WIDTH = 64
 """Cells of a row of a claim that two lists are equal."""
 COLUMN_MARGIN = 64
 """Rows of a column that a committed input cannot fill."""
-FORCED = {"claims": 0, "anchor": 0, "zeros": 0, "squares": SQUARE}
+MISMATCH = "mismatch"
+"""Output of greedy steps: where a token is not the one expected."""
+FORCED = {MISMATCH: 0, "claims": 0, "anchor": 0, "zeros": 0, "squares": SQUARE}
 """Outputs that have one value in every valid proof."""
 
 
@@ -468,6 +484,9 @@ def _segment_outputs(lowering: _Lowering, segment: Segment, public_input: bool) 
     logits = value.cells() if last == graph.output else None
     if public_input:
         outputs["input"] = lowering.value(graph.input.name).cells().ravel()
+    if segment.greedy:
+        assert logits is not None
+        outputs |= _greedy(lowering, logits)
     # Nothing reads these cells: that they are among the public values binds the proof to them.
     outputs[CHAIN] = lowering.cells.private(PLACE, (CHAIN_VALUES,), 0, 1 << CHAIN_BITS, _given)
     if segment.hidden:
@@ -477,9 +496,26 @@ def _segment_outputs(lowering: _Lowering, segment: Segment, public_input: bool) 
         outputs[STATE_IN] = carried.entered()
         if not segment.head:
             outputs[STATE_OUT] = carried.left()
-    if logits is not None:
+    if logits is not None and not segment.greedy:
         outputs["logits"] = logits.ravel()
     return outputs
+
+
+def _greedy(lowering: _Lowering, logits: Ids) -> dict[str, Ids]:
+    """Which steps are greedy, and their tokens: where the flag is 1, the token is the one that the step
+    before makes the most likely."""
+    b, carried = lowering.cells, lowering.carried
+    assert carried is not None
+    with b.part(TOKENS):
+        choices = logits.shape[1]
+        entered = carried.enter(NEXT_TOKEN, (1,), 0, choices - 1)
+        following = argmax(b, "next_token", logits)
+        carried.leave(NEXT_TOKEN, lambda: following[-1:])
+        tokens = lowering.value(lowering.graph.input.name).cells()
+        flags = b.private(FLAGS, tokens.shape, 0, 1, _given)
+        expected = np.concatenate([entered, following[:-1]])
+        wrong = b.mul(b.sub(tokens, expected), flags)
+        return {GENERATED: flags, TOKENS: b.mul(tokens, flags), MISMATCH: wrong}
 
 
 def _claim_equal(b: Cells, first: Ids, second: Ids) -> None:
@@ -521,6 +557,8 @@ def build_circuit(
     """
     if segment is not None:
         check_steps(graph, segment)
+        if segment.greedy:
+            check_greedy(graph)
         # What is committed to is compared at a random point.
         challenged = True if segment.hidden else challenged
     reason = ""

@@ -18,6 +18,10 @@ from mamba_int.errors import MambaintError
 from mamba_int.graph import Graph, IntArray, Node, TensorType
 from mamba_int.operations import OPERATIONS
 
+FLAGS = "flags"
+"""Name of the private tensor that says which steps are greedy."""
+NEXT_TOKEN = "token:next"
+"""The part of the state that says which token greedy decoding gives next."""
 PLACE = "place"
 """Name of the private tensor that holds a segment's place in its chain."""
 
@@ -36,11 +40,14 @@ class Segment:
             computed, and nothing handed on. Other graphs have no head: every stretch gives its logits.
         hidden: the states are not shown, but committed to: each proof begins with a point for the state that
             enters, and one for the state that leaves.
+        greedy: instead of the logits, which steps are greedy: each has the token of the largest logit, the
+            first of equal ones, of the step before. Which token comes next is a part of the state.
     """
 
     steps: int
     head: bool = False
     hidden: bool = False
+    greedy: bool = False
 
 
 def reduction(graph: Graph) -> Node | None:
@@ -75,6 +82,17 @@ def step_unit(graph: Graph) -> int:
                 )
             periods.append(node.integer("chunk_size"))
     return math.lcm(*periods) if periods else 1
+
+
+def check_greedy(graph: Graph) -> None:
+    """Refuse a model that does not give the logits of a next token at every step.
+
+    Raises:
+        MambaintError: saying so.
+    """
+    tokens, logits = graph.types[graph.input.name], graph.types[graph.output]
+    if len(tokens.shape) != 1 or len(logits.shape) != 2 or logits.shape[0] != graph.seq_len or tokens.low:
+        raise MambaintError("the model is no language model", "prove its logits instead")
 
 
 def check_steps(graph: Graph, segment: Segment) -> None:

@@ -98,6 +98,13 @@ class SegmentSteps(click.ParamType[int]):
     "committing to them: a few rows less.",
 )
 @click.option(
+    "--greedy-after",
+    type=click.IntRange(1),
+    metavar="P",
+    help="With --segment-steps, of a language model: the first P tokens of the input are the prompt, which "
+    "stays hidden; prove that all others are what greedy decoding gives, and show those instead of logits.",
+)
+@click.option(
     "--workers",
     type=click.IntRange(1),
     default=1,
@@ -121,6 +128,7 @@ def command(
     segment_steps: int | None,
     ram: float | None,
     public_states: bool,
+    greedy_after: int | None,
     workers: int,
     as_json: bool,
 ) -> None:
@@ -138,6 +146,7 @@ def command(
       mambaint prove --input x.json --commit-input --logrows 14 --out b/proof.json \\
         --model other.mint --reuse-opening a/proof.opening.json
       mambaint prove --input long.json --segment-steps 64 --workers 2
+      mambaint prove --input text.json --segment-steps 64 --greedy-after 20
       sensor | mambaint prove --stream --segment-steps 64
     """
     from dataclasses import replace
@@ -154,21 +163,24 @@ def command(
     from zk.provable import prepare, witness_of
     from zk.prove import prove
 
-    if segment_steps is None and (public_states or workers > 1 or stream or ram is not None):
+    if segment_steps is None and (public_states or workers > 1 or stream or ram or greedy_after):
         raise MambaintError(
-            "--public-states, --workers, --stream and --ram are for segments", "give --segment-steps as well"
+            "--public-states, --workers, --stream, --ram and --greedy-after are for segments",
+            "give --segment-steps as well",
         )
     if (input_path is None) != stream:
         raise MambaintError("the input is given once", "give --input FILE.json, or --stream")
     if segment_steps is not None:
-        from cli.segments import prove_in_segments
+        from cli.segments import ChainOptions, prove_in_segments
 
         if commit_input or opening or reuse_opening or lookups != "table":
             raise MambaintError(
                 "segments are proved without --commit-input, openings and --lookups none", "leave them out"
             )
-        settings = (segment_steps, public_input, public_states, logrows, srs_path, srs_sha256)
-        prove_in_segments(input_path, resolve_model(model), settings, ram, out, workers, as_json)
+        options = ChainOptions(
+            segment_steps, ram, public_input, public_states, greedy_after, logrows, srs_path, srs_sha256
+        )
+        prove_in_segments(input_path, resolve_model(model), options, out, workers, as_json)
         return
     assert input_path is not None
     earlier = _earlier_opening(commit_input, opening, reuse_opening)

@@ -6,24 +6,30 @@ import json
 import shutil
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
 
 from cli.proving import DEVELOPMENT_NOTE, activity
 
-Settings = tuple[int, bool, bool, int | None, Path | None, str | None]
-"""Steps of a segment, --public-input, --public-states, --logrows, --srs, --srs-sha256."""
+
+@dataclass(frozen=True)
+class ChainOptions:
+    """The options of the command that decide which circuits and which proof are meant; see there."""
+
+    segment_steps: int
+    ram: float | None
+    public_input: bool
+    public_states: bool
+    greedy_after: int | None
+    logrows: int | None
+    srs_path: Path | None
+    srs_sha256: str | None
 
 
 def prove_in_segments(
-    input_path: Path | None,
-    model: Path,
-    settings: Settings,
-    ram: float | None,
-    out: Path,
-    workers: int,
-    as_json: bool,
+    input_path: Path | None, model: Path, options: ChainOptions, out: Path, workers: int, as_json: bool
 ) -> None:
     """Prove, write the proof and verifier.zip, and print what was done; without a path of a stream."""
     from circuits.segment import reduction
@@ -38,14 +44,24 @@ def prove_in_segments(
     inputs = None if input_path is None else read_input(input_path, graph, reduction(graph) is None)
     # Beside the proof: a run that goes on finds what is done.
     folder = out.with_name(f"{out.stem}.segments")
-    steps, public_input, public_states, logrows, srs_path, srs_sha256 = settings
+    steps, prompt = options.segment_steps, options.greedy_after or 0
     with activity(as_json) as say:
         if not steps and inputs is None:
             raise MambaintError("a stream has no length to choose from", "give --segment-steps N")
         if not steps and inputs is not None:
-            memory = None if ram is None else int(ram * 1e9)
-            steps = pick_steps(graph, len(inputs), not public_states, memory, say)
-        chain = prepare_chain(graph, steps, public_input, public_states, logrows, srs_path, srs_sha256, say)
+            memory = None if options.ram is None else int(options.ram * 1e9)
+            steps = pick_steps(graph, len(inputs), not options.public_states, memory, say)
+        chain = prepare_chain(
+            graph,
+            steps,
+            public_input=options.public_input,
+            public_states=options.public_states,
+            greedy=prompt > 0,
+            logrows=options.logrows,
+            srs_path=options.srs_path,
+            srs_sha256=options.srs_sha256,
+            say=say,
+        )
         started = time.perf_counter()
         total = None if inputs is None else -(-len(inputs) // steps)
 
@@ -58,7 +74,7 @@ def prove_in_segments(
 
         say("proving")
         pieces = read_steps(sys.stdin, graph) if inputs is None else [inputs]
-        proof = prove_chain(chain, pieces, folder, workers, tell)
+        proof = prove_chain(chain, pieces, folder, prompt=prompt, workers=workers, tell=tell)
     verifier = out.parent / "verifier.zip"
     write_bytes(verifier, chain.package)
     write_bytes(out, proof.file)
@@ -79,9 +95,10 @@ def prove_in_segments(
         "wall_seconds": round(proof.wall_seconds, 3),
         "peak_bytes": proof.peak_bytes,
         "file_bytes": len(proof.file),
-        "outputs": proof.public["logits"],
-        "input_is_public": public_input,
-        "states_are_public": public_states,
+        "outputs": proof.public.get("logits", []),
+        "generated": proof.public.get("tokens"),
+        "input_is_public": options.public_input,
+        "states_are_public": options.public_states,
         "srs": keys[0].srs.kind,
         "proof": str(out),
         "verifier": str(verifier),
@@ -95,7 +112,9 @@ def prove_in_segments(
         f"{f' ({found} of them found from before)' if found else ''}, {proof.peak_bytes / 1e6:.0f} MB each; "
         f"{circuit.rows:,} rows of 2^{circuit.logrows}"
     )
-    click.echo(f"states    {'public' if public_states else 'hidden behind commitments'}")
+    click.echo(f"states    {'public' if options.public_states else 'hidden behind commitments'}")
+    if prompt:
+        click.echo(f"generated {proof.steps - prompt} tokens, greedily, from a prompt of {prompt}")
     click.echo(f"model     {graph.model_id}")
     click.echo(f"proof     {out} ({len(proof.file):,} bytes)")
     click.echo(f"verifier  {verifier}")

@@ -24,6 +24,11 @@ from cli.proving import DEVELOPMENT_NOTE, activity, proving_options
     help="With --segment-steps: for proofs that show the states between segments.",
 )
 @click.option(
+    "--greedy",
+    is_flag=True,
+    help="With --segment-steps: for proofs of what a language model generated (prove --greedy-after).",
+)
+@click.option(
     "--out",
     type=click.Path(path_type=Path),
     default=Path("verifier.zip"),
@@ -41,6 +46,7 @@ def command(
     srs_sha256: str | None,
     segment_steps: int | None,
     public_states: bool,
+    greedy: bool,
     out: Path,
     as_json: bool,
 ) -> None:
@@ -61,8 +67,8 @@ def command(
     from zk.provable import prepare
 
     graph = Graph.load(resolve_model(model))
-    if segment_steps is None and public_states:
-        raise MambaintError("--public-states is for segments", "give --segment-steps as well")
+    if segment_steps is None and (public_states or greedy):
+        raise MambaintError("--public-states and --greedy are for segments", "give --segment-steps as well")
     with activity(as_json) as say:
         if segment_steps is None:
             ready = prepare(graph, public_input, commit_input, logrows, lookups, srs_path, srs_sha256, say)
@@ -75,7 +81,15 @@ def command(
                     "segments are proved without --commit-input and --lookups none", "leave them out"
                 )
             chain = prepare_chain(
-                graph, segment_steps, public_input, public_states, logrows, srs_path, srs_sha256, say
+                graph,
+                segment_steps,
+                public_input=public_input,
+                public_states=public_states,
+                greedy=greedy,
+                logrows=logrows,
+                srs_path=srs_path,
+                srs_sha256=srs_sha256,
+                say=say,
             )
             package, circuit, keys = chain.package, chain.segment.lowered.circuit, chain.segment.keys
     write_bytes(out, package)

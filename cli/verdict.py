@@ -29,6 +29,8 @@ def verdict_json(verdict: Verdict, verifier: Path) -> dict[str, Any]:
     }
     if "segments" in verdict.statement:
         result |= {"steps": verdict.statement["seq_len"], "segments": verdict.statement["segments"]}
+    if "prompt_steps" in verdict.statement:
+        result["prompt_steps"] = verdict.statement["prompt_steps"]
     if not verdict.valid:
         result["reason"] = verdict.reason
     return result

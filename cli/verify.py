@@ -48,6 +48,9 @@ def _lines(verdict: Verdict, verifier: Path) -> list[str]:
         if "segments" in verdict.statement:
             steps, count = verdict.statement["seq_len"], verdict.statement["segments"]
             lines.append(f"  {'sequence':<12} {steps} steps in {count} linked segments")
+        if "prompt_steps" in verdict.statement:
+            prompt = verdict.statement["prompt_steps"]
+            lines.append(f"  {'generated':<12} greedily, all tokens after a prompt of {prompt}")
         for name, values in verdict.public.items():
             lines.append(f"  {name:<12} {_shown(values)}")
         predicted = _predicted(verdict)

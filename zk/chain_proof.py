@@ -18,7 +18,7 @@ from zk.proof import MAX_FILE_BYTES, InvalidProof, decode_hash, decode_numbers, 
 FORMAT = "mambaint-chain"
 VERSION = 1
 
-_FIELDS = {"format", "version", "model_id", "verifier_package", "chain", "steps", "segments"}
+_FIELDS = {"format", "version", "model_id", "verifier_package", "chain", "steps", "prompt", "segments"}
 _SEGMENT = {"public", "state", "proof"}
 
 
@@ -46,6 +46,7 @@ class ChainProof:
         verifier_package: SHA-256 (hex) of the verifier package it was made for.
         chain: the number of the chain, drawn at random: segments of two chains do not mix.
         steps: of the sequence; those of the last segment beyond it are padding.
+        prompt: where generation is proved: the steps that were given; all later ones are greedy. Else 0.
         segments: in order.
     """
 
@@ -53,6 +54,7 @@ class ChainProof:
     verifier_package: str
     chain: int
     steps: int
+    prompt: int
     segments: tuple[SegmentProof, ...]
 
     def encode(self) -> bytes:
@@ -64,6 +66,7 @@ class ChainProof:
             "verifier_package": self.verifier_package,
             "chain": self.chain,
             "steps": self.steps,
+            "prompt": self.prompt,
             "segments": [
                 {"public": segment.public, "state": list(segment.state), "proof": segment.proof.hex()}
                 for segment in self.segments
@@ -95,15 +98,17 @@ def decode_chain_proof(raw: bytes) -> ChainProof:
         f"it has format version {found!a} and this mambaint reads version {VERSION}",
     )
     expect(set(value) == _FIELDS, f"its fields are not exactly {', '.join(sorted(_FIELDS))}")
-    chain, steps, items = value["chain"], value["steps"], value["segments"]
+    chain, steps, prompt, items = (value[name] for name in ("chain", "steps", "prompt", "segments"))
     expect(type(chain) is int and 0 <= chain < 1 << CHAIN_BITS, "the number of the chain is out of range")
     expect(type(steps) is int and steps >= 1, "the number of steps is not a positive integer")
+    expect(type(prompt) is int and 0 <= prompt <= steps, "the length of the prompt is out of range")
     expect(isinstance(items, list) and len(items) >= 1, "it has no segments")
     proof = ChainProof(
         model_id=decode_hash(value["model_id"], "model_id"),
         verifier_package=decode_hash(value["verifier_package"], "verifier_package"),
         chain=chain,
         steps=steps,
+        prompt=prompt,
         segments=tuple(_decode_segment(item) for item in items),
     )
     expect(proof.encode() == raw, "the file is not in the one canonical form")

@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from circuits.circuit import CHAIN_BITS, SALTS, STATE_IN, STATE_OUT, Witness
+from circuits.circuit import CHAIN_BITS, GENERATED, SALTS, STATE_IN, STATE_OUT, TOKENS, Witness
 from circuits.lowering import LoweredCircuit, build_circuit
-from circuits.segment import PLACE, Segment, initial_state, leaving, named_state, reduction
+from circuits.segment import FLAGS, PLACE, Segment, initial_state, leaving, named_state, reduction
 from mamba_int.decoding_state import DecodingState
 from mamba_int.errors import MambaintError
 from mamba_int.files import canonical_json, parse_json, read_bytes, read_json, write_bytes, write_json
@@ -40,7 +40,7 @@ from zk.process import run_job
 from zk.proof import InvalidProof, decode_numbers, decode_proof_bytes
 from zk.provable import statement
 from zk.srs import check_choice, chosen_srs
-from zk.verify_chain import check_chain, check_one, state_before
+from zk.verify_chain import check_chain, check_one, greedy_flags, state_before
 
 FORMAT = "mambaint-chain-folder"
 VERSION = 1
@@ -80,6 +80,11 @@ class ProvableChain:
         return any(group.name == STATE_IN for group in self.segment.lowered.circuit.inputs)
 
     @property
+    def greedy(self) -> bool:
+        """Whether proofs show what was generated instead of logits."""
+        return any(tensor.name == GENERATED for tensor in self.segment.lowered.circuit.public)
+
+    @property
     def first_state(self) -> IntArray:
         """The state before the first step, flat."""
         carried = self.segment.lowered.carried
@@ -113,8 +118,10 @@ class ChainResult:
 def prepare_chain(
     graph: Graph,
     steps: int,
+    *,
     public_input: bool = False,
     public_states: bool = False,
+    greedy: bool = False,
     logrows: int | None = None,
     srs_path: Path | None = None,
     srs_sha256: str | None = None,
@@ -127,6 +134,7 @@ def prepare_chain(
         steps: of a segment; for a model that ends in a sum or maximum over time, a part of ``graph.seq_len``.
         public_input: show the input in proofs.
         public_states: show the states between segments, which say much of the input, instead of committing.
+        greedy: prove which tokens a language model generated instead of its logits.
         logrows: make circuits of 2^logrows rows; None for the fewest that hold each.
         srs_path, srs_sha256: SRS of a ceremony and its hash; None for one made here.
         say: told what is being done.
@@ -144,6 +152,7 @@ def prepare_chain(
     stated = statement(graph, public_input, False, "table") | {
         "segment_steps": steps,
         "states_are_public": public_states,
+        "greedy": greedy,
         "logits_of_every_step": graph.types[graph.output].shape[:1] == (graph.seq_len,) and not ended,
     }
 
@@ -158,7 +167,9 @@ def prepare_chain(
         keys = make_keys(lowered.circuit, sample_witness(graph, lowered, steps), srs)
         return SegmentCircuit(lowered, keys, keys.package(stated))
 
-    forms = [Segment(steps, head, not public_states) for head in ((False, True) if ended else (False,))]
+    forms = [
+        Segment(steps, head, not public_states, greedy) for head in ((False, True) if ended else (False,))
+    ]
     circuits = [lowered_at(form, logrows) for form in forms]
     if not public_states and len({lowered.circuit.logrows for lowered in circuits}) > 1:
         # Commitments of circuits with other numbers of rows cannot be compared.
@@ -223,7 +234,11 @@ def _padded_state(lowered: LoweredCircuit, state: IntArray) -> list[int]:
 
 
 def segment_witness(
-    lowered: LoweredCircuit, inputs: IntArray, state: IntArray, place: tuple[int, int, int]
+    lowered: LoweredCircuit,
+    inputs: IntArray,
+    state: IntArray,
+    place: tuple[int, int, int],
+    flags: list[int] | None = None,
 ) -> Witness:
     """The witness of one segment.
 
@@ -232,9 +247,11 @@ def segment_witness(
         inputs: its steps.
         state: before it, flat.
         place: the number of the chain, the position, and of the last segment its steps, else 0.
+        flags: which steps are greedy, where generation is proved; default: none.
     """
     assert lowered.carried is not None
     given = named_state(lowered.carried.shapes, state) | {PLACE: np.array(place, dtype=object)}
+    given[FLAGS] = np.array(flags if flags is not None else [0] * len(inputs), np.int64)
     return lowered.witness(inputs, given=given)
 
 
@@ -269,10 +286,12 @@ class Job:
 
     Attributes:
         place: the number of the chain, the position, and of the last segment its steps, else 0.
-        circuit: its circuit. witness: the values. name: of the file that holds its proof.
+        flags: which of its steps are greedy. circuit: its circuit. witness: the values.
+        name: of the file that holds its proof.
     """
 
     place: tuple[int, int, int]
+    flags: list[int]
     circuit: SegmentCircuit
     witness: Witness
     name: str
@@ -302,20 +321,24 @@ def cut(pieces: Iterable[IntArray], steps: int) -> Iterator[tuple[IntArray, bool
     yield rest, True
 
 
-def jobs_of(chain: ProvableChain, pieces: Iterable[IntArray], secret: ChainSecret) -> Iterator[Job]:
+def jobs_of(
+    chain: ProvableChain, pieces: Iterable[IntArray], secret: ChainSecret, prompt: int = 0
+) -> Iterator[Job]:
     """The segments of a sequence, one after the other, checked against the interpreter.
 
     Args:
         chain: the circuits.
         pieces: of the input, as in :func:`cut`.
         secret: of the chain.
+        prompt: where generation is proved, the steps that were given.
 
     Raises:
-        MambaintError: if the length does not fit, or the circuits compute other integers than the
-            specification: an internal fault.
+        MambaintError: if the length does not fit, a token is not the greedy one, or the circuits compute
+            other integers than the specification: an internal fault.
     """
     state, graph = chain.first_state, chain.graph
     check = _Check(graph, whole=chain.head is not None)
+    start = 0
     for i, (inputs, last) in enumerate(cut(pieces, chain.steps)):
         circuit = chain.head if last and chain.head is not None else chain.segment
         place = secret.number, i, len(inputs) if last else 0
@@ -327,14 +350,20 @@ def jobs_of(chain: ProvableChain, pieces: Iterable[IntArray], secret: ChainSecre
             (chain.steps - len(inputs), *inputs.shape[1:]), graph.input.integer("low"), np.int64
         )
         padded = np.concatenate([inputs, padding])
-        witness = segment_witness(circuit.lowered, padded, state, place)
-        name = secret.tag("segment", list(place), padded.tolist(), state.tolist()).hex()[:32]
+        flags = greedy_flags(prompt, start + len(inputs), i, chain.steps)
+        start += len(inputs)
+        if last and prompt >= start:
+            raise MambaintError(
+                f"a prompt of {prompt} tokens leaves nothing generated of {start}", "give a shorter prompt"
+            )
+        witness = segment_witness(circuit.lowered, padded, state, place, flags)
+        name = secret.tag("segment", list(place), flags, padded.tolist(), state.tolist()).hex()[:32]
         after = state_after_witness(circuit.lowered, witness)
         if chain.hidden:
             salts = {STATE_IN: secret.salts(i, state), STATE_OUT: secret.salts(i + 1, after)}
             witness = replace(witness, salts=salts)
-        check(padded, witness)
-        yield Job(place, circuit, witness, f"{name}.json")
+        check(padded, witness, flags)
+        yield Job(place, flags, circuit, witness, f"{name}.json")
         state = after
 
 
@@ -348,20 +377,29 @@ class _Check:
     def __init__(self, graph: Graph, whole: bool) -> None:
         self._graph = graph
         self._inputs: list[IntArray] = []
+        self._next, self._steps = -1, 0
         # What follows a last step is no part of the state.
         ends = next((node for node in graph.nodes if node.op == "reduce"), None)
         self._state = None if whole or ends is not None else DecodingState.of(graph, 1)
 
-    def __call__(self, inputs: IntArray, witness: Witness) -> None:
+    def __call__(self, inputs: IntArray, witness: Witness, flags: list[int]) -> None:
         if self._state is not None:
-            steps = [evaluate_step(self._graph, step[None], self._state) for step in inputs]
+            steps = []
+            for step, greedy in zip(inputs, flags, strict=True):
+                if greedy and int(step) != self._next:
+                    raise MambaintError(
+                        f"token {int(step)} at step {self._steps} is not the greedy one, {self._next}",
+                        "give what 'mambaint generate --greedy' gives, or a longer prompt",
+                    )
+                steps.append(evaluate_step(self._graph, step[None], self._state))
+                self._next, self._steps = int(steps[-1].argmax()), self._steps + 1
             wanted = np.concatenate(steps)
         else:
             self._inputs.append(inputs)
             if "logits" not in witness.public:
                 return
             wanted = evaluate(self._graph, np.concatenate(self._inputs)[None])
-        if witness.public["logits"] != wanted.ravel().tolist():
+        if "logits" in witness.public and witness.public["logits"] != wanted.ravel().tolist():
             raise MambaintError(
                 "the circuits and the interpreter disagree on this input",
                 "report this with the model and the input",
@@ -384,6 +422,8 @@ def prove_chain(
     chain: ProvableChain,
     pieces: Iterable[IntArray],
     folder: Path,
+    *,
+    prompt: int = 0,
     workers: int = 1,
     tell: Callable[[int, bool], None] = lambda done, more: None,
     timeout: float | None = None,
@@ -397,6 +437,7 @@ def prove_chain(
         chain: the circuits.
         pieces: of the input, int64 [any number of steps, ...]; private values never leave this machine.
         folder: keeps finished segments, and the secret of the chain.
+        prompt: where generation is proved, the steps that were given: 1 or more, fewer than all.
         workers: segments that are proved at a time, fewer if they would not fit the memory.
         tell: told how many segments are done, and whether more are to come.
         timeout: seconds before giving a segment up.
@@ -406,6 +447,10 @@ def prove_chain(
     """
     package = decode_chain_package(chain.package, "made here")
     digest = hashlib.sha256(chain.package).hexdigest()
+    if (prompt > 0) != chain.greedy:
+        raise MambaintError(
+            "a prompt and a chain that proves what was generated belong together", "give both or neither"
+        )
     secret = _secret(folder, digest)
     started = time.perf_counter()
     answers: list[dict[str, Any]] = []
@@ -436,7 +481,7 @@ def prove_chain(
                 tell(len(done), bool(running))
 
         try:
-            for job in jobs_of(chain, pieces, secret):
+            for job in jobs_of(chain, pieces, secret, prompt):
                 steps = job.place[1] * chain.steps + job.place[2]
                 wait_for(workers)
                 running.add(pool.submit(one, job))
@@ -446,7 +491,7 @@ def prove_chain(
             raise
     wall = time.perf_counter() - started
     segments = tuple(done[i] for i in range(len(done)))
-    proof = ChainProof(package.model_id, digest, secret.number, steps, segments).encode()
+    proof = ChainProof(package.model_id, digest, secret.number, steps, prompt, segments).encode()
     verdict = check_chain(proof, package, digest)
     if not verdict.valid:
         raise MambaintError(
@@ -487,7 +532,7 @@ def _prove(circuit: SegmentCircuit, witness: Witness, timeout: float | None) -> 
 
 def _segment_proof(witness: Witness, proof: bytes) -> SegmentProof:
     shown: dict[str, list[int]] = {
-        name: witness.public[name] for name in ("input", "logits") if name in witness.public
+        name: witness.public[name] for name in ("input", "logits", TOKENS) if name in witness.public
     }
     return SegmentProof(shown, tuple(witness.public.get(STATE_OUT, [])), proof)
 
@@ -515,7 +560,7 @@ def _finished(path: Path, job: Job) -> SegmentProof | None:
         trusted = decode_package(job.circuit.package.encode(), "made here")
         # Whether a commitment is that of the segment before is seen when the chain is whole.
         before = state_before(found, trusted, tuple(witness.public.get(STATE_IN, [])))
-        check_one(found, job.place, before, trusted)
+        check_one(found, job.place, before, trusted, job.flags)
     except (InvalidProof, MambaintError, KeyError, TypeError, AttributeError):
         return None
     return found

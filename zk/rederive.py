@@ -10,7 +10,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from circuits.circuit import COMMITTED_INPUT, Witness
+from circuits.circuit import COMMITTED_INPUT, GENERATED, Witness
 from circuits.lowering import LoweredCircuit, build_circuit
 from circuits.sample import sample_input
 from circuits.segment import Segment, initial_state, reduction
@@ -97,12 +97,15 @@ def chain_fault(
     ends, steps = reduction(graph) is not None, package.segment_steps
     if ends != (package.head is not None) or package.total_steps != (graph.seq_len if ends else 0):
         return "the trusted package is for sequences of another form than this model's"
+    greedy = any(tensor.name == GENERATED for tensor in package.segment.public)
     reason = ""
     for circuit in (package.segment, package.head):
         if circuit is None or reason:
             continue
         srs = _named_srs(circuit, srs_path, cache)
-        lowered = _lowered(circuit, graph, Segment(steps, circuit is package.head, package.hides_states))
+        lowered = _lowered(
+            circuit, graph, Segment(steps, circuit is package.head, package.hides_states, greedy)
+        )
         reason = _key_fault(circuit, lowered, sample_witness(graph, lowered, steps), srs)
         if circuit is package.segment and not reason:
             assert lowered.carried is not None

@@ -12,7 +12,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from circuits.circuit import CHAIN, STATE_IN, STATE_OUT
+from circuits.circuit import CHAIN, GENERATED, STATE_IN, STATE_OUT, TOKENS
 from mamba_int.errors import MambaintError
 from zk import ezkl_calls
 from zk.chain_package import ChainPackage, State, read_chain_package
@@ -80,6 +80,8 @@ def check_chain(
             )
         public = _public_values(proof, package)
         statement |= {"seq_len": proof.steps, "segments": len(proof.segments)}
+        if proof.prompt:
+            statement["prompt_steps"] = proof.prompt
     except InvalidProof as error:
         reason = str(error)[:MAX_REASON]
     return Verdict(
@@ -120,6 +122,12 @@ def _check_form(proof: ChainProof, package: ChainPackage, digest: str, expected:
     count, length = len(proof.segments), package.segment_steps
     if not (count - 1) * length < proof.steps <= count * length:
         raise InvalidProof(f"{count} segments of {length} steps are not a sequence of {proof.steps}")
+    greedy = any(tensor.name == GENERATED for tensor in package.segment.public)
+    # The first token has no step before it.
+    if not (1 <= proof.prompt < proof.steps if greedy else proof.prompt == 0):
+        raise InvalidProof(
+            f"a prompt of {proof.prompt} of {proof.steps} steps is none for this model's package"
+        )
     if package.total_steps and proof.steps != package.total_steps:
         raise InvalidProof(
             f"it is about {proof.steps} steps, and the model takes {package.total_steps}: the chain is "
@@ -132,8 +140,9 @@ def _check_place(proof: ChainProof, i: int, package: ChainPackage) -> None:
     circuit = package.head if last and package.head is not None else package.segment
     before = package.first_state if i == 0 else state_after(proof.segments[i - 1], package.segment)
     steps = proof.steps - i * package.segment_steps if last else 0
+    flags = greedy_flags(proof.prompt, proof.steps, i, package.segment_steps)
     try:
-        check_one(proof.segments[i], (proof.chain, i, steps), before, circuit)
+        check_one(proof.segments[i], (proof.chain, i, steps), before, circuit, flags)
     except InvalidProof as error:
         raise InvalidProof(f"segment {i}: {error}") from error
 
@@ -158,7 +167,20 @@ def _point(segment: SegmentProof, circuit: Package, name: str) -> str | None:
     return segment.proof[first : first + POINT_BYTES].hex()
 
 
-def check_one(segment: SegmentProof, place: tuple[int, int, int], before: State, circuit: Package) -> None:
+def greedy_flags(prompt: int, steps: int, position: int, segment_steps: int) -> list[int]:
+    """Of the steps of the segment at this position, which are greedy: those after the prompt without padding;
+    none where no generation is proved."""
+    places = range(position * segment_steps, (position + 1) * segment_steps)
+    return [int(0 < prompt <= place < steps) for place in places]
+
+
+def check_one(
+    segment: SegmentProof,
+    place: tuple[int, int, int],
+    before: State,
+    circuit: Package,
+    flags: list[int],
+) -> None:
     """Check one segment at its place.
 
     Args:
@@ -166,12 +188,15 @@ def check_one(segment: SegmentProof, place: tuple[int, int, int], before: State,
         place: the number of the chain, the position, and of the last segment its steps, else 0.
         before: the state before it.
         circuit: package of its circuit.
+        flags: which of its steps are greedy, where generation is proved.
 
     Raises:
         InvalidProof: if it does not verify.
     """
     shown = {tensor.name for tensor in circuit.public}
     linked = {CHAIN: list(place)}
+    if GENERATED in shown:
+        linked[GENERATED] = flags
     if isinstance(before, str):
         if _point(segment, circuit, STATE_IN) != before:
             raise InvalidProof("it does not commit to the state that the segment before it hands on")
@@ -181,7 +206,7 @@ def check_one(segment: SegmentProof, place: tuple[int, int, int], before: State,
         linked[STATE_OUT] = list(segment.state)
     elif segment.state:
         raise InvalidProof("it shows a state that its circuit does not")
-    known = sorted(segment.public.keys() & {CHAIN, STATE_IN, STATE_OUT})
+    known = sorted(segment.public.keys() & {CHAIN, STATE_IN, STATE_OUT, GENERATED})
     if known:
         raise InvalidProof(f"it states its own {known[0]}")
     # EZKL ignores bytes after the proof, so the length is ours to check.
@@ -200,6 +225,9 @@ def _public_values(proof: ChainProof, package: ChainPackage) -> dict[str, list[i
             result[name] = list(proof.segments[-1].public[name])
             continue
         values = [segment.public[name] for segment in proof.segments]
+        if name == TOKENS:
+            result[name] = [v for part in values for v in part][proof.prompt : proof.steps]
+            continue
         a_step = len(values[-1]) // package.segment_steps
         result[name] = [v for part in values[:-1] for v in part] + values[-1][: a_step * steps_of_last]
     return result

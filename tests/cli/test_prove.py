@@ -325,6 +325,16 @@ def test_long_sequence_is_proved_in_segments_and_verified_as_one(
     assert cli.json("verify", "s/proof.json")["valid"]
     picked = cli.json(*arguments, "auto", "--ram", "0.3", "--out", "p/proof.json")
     assert picked["outputs"] == logits and picked["segment_steps"] % 4 == 0
+    text = [3, 1]
+    while len(text) < 6:
+        text.append(int(evaluate(graph, np.array([text]))[0, -1].argmax()))
+    (folder / "g.json").write_text(json.dumps({"input_data": [text]}))
+    greedy = ("prove", "--input", "g.json", "--model", "text.mint", "--segment-steps", "4", "--greedy-after")
+    assert cli.json(*greedy, "2", "--out", "g/proof.json")["generated"] == text[2:]
+    verdict = cli.json("verify", "g/proof.json")
+    assert verdict["valid"] and verdict["public"] == {"tokens": text[2:]} and verdict["prompt_steps"] == 2
+    code, _, fault = cli(*greedy, "6", "--out", "h/proof.json")
+    assert code == 2 and "prompt" in fault and not (folder / "h/proof.json").exists()
     forged = (folder / "proof.json").read_text().replace('"steps":10', '"steps":9')
     (folder / "proof.json").write_text(forged)
     code, out, _ = cli("verify", "proof.json")

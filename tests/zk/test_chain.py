@@ -183,8 +183,8 @@ def test_chain_that_starts_from_another_state_verifies_alone_and_not_as_a_chain(
     segment = prove_one(circuit, witness)
     before = state_before(segment, chains.package.segment, tuple(begun.tolist()))
     assert before != chains.package.first_state
-    check_one(segment, (5, 0, 4), before, chains.package.segment)
-    proof = ChainProof(chains.package.model_id, chains.digest, 5, 4, (segment,))
+    check_one(segment, (5, 0, 4), before, chains.package.segment, [0] * 4)
+    proof = ChainProof(chains.package.model_id, chains.digest, 5, 4, 0, (segment,))
     verdict = chains.verdict(proof)
     assert not verdict.valid and "segment 0" in verdict.reason
 

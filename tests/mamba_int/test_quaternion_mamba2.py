@@ -151,7 +151,7 @@ def test_generation_departs_from_whole_sequences() -> None:
 
 
 def test_states_grow_over_many_steps() -> None:
-    """|q| < 1 whatever the input, so the state of 100,000 steps is no larger than that of 1,000."""
+    """|q| < 1 whatever the input, so the state of 10,000 steps is no larger than that of 1,000."""
     torch.manual_seed(0)
     mixer = build_mixer(replace(TINY, selective_axis=True, d_model=4, d_state=2, n_groups=1)).eval()
     state = mixer.new_state(1, torch.device("cpu"), torch.float32)

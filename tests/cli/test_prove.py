@@ -22,6 +22,7 @@ from mamba_int.interpreter import evaluate
 from quantize import IntegerModel
 from tests.circuits_runtime.models import random_graph
 from tests.cli.conftest import Cli
+from tests.zk.test_chain import TEXT
 from zk.provable import prepare
 
 Capture = pytest.CaptureFixture[str]
@@ -290,9 +291,7 @@ def test_core_needs_neither_prover_nor_terminal() -> None:
 def test_long_sequence_is_proved_in_segments_and_verified_as_one(
     folder: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    graph, _ = random_graph(
-        0, task="language_model", vocab_size=11, seq_len=16, chunk_size=4, d_model=4, d_state=2
-    )
+    graph, _ = random_graph(0, **TEXT)
     replace(graph, card={"task": "language_model"}).save(folder / "text.mint")
     tokens = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3]
     (folder / "t.json").write_text(json.dumps({"input_data": [tokens]}))
@@ -323,7 +322,7 @@ def test_long_sequence_is_proved_in_segments_and_verified_as_one(
     )
     assert (streamed["steps"], streamed["outputs"]) == (10, logits)
     assert cli.json("verify", "s/proof.json")["valid"]
-    picked = cli.json(*arguments, "auto", "--ram", "0.3", "--out", "p/proof.json")
+    picked = cli.json(*arguments, "auto", "--ram", "0.06", "--out", "p/proof.json")
     assert picked["outputs"] == logits and picked["segment_steps"] % 4 == 0
     text = [3, 1]
     while len(text) < 6:

@@ -48,6 +48,24 @@ TEXT: dict[str, Any] = {
     "chunk_size": 4,
     "d_model": 4,
     "d_state": 2,
+    # Narrow enough for 2^12 rows, so that a proof takes a third of a second.
+    "gate": "hard_sigmoid",
+    "final_norm": False,
+    "conv_bias": False,
+    "activate_BC": True,
+    "d_conv": 2,
+    "norm_frac": 4,
+    "norm_shift": 0,
+    "norm_input_bits": 10,
+    "residual_frac": 5,
+    "activation_bits": 4,
+    "y_bits": 5,
+    "conv_frac": 6,
+    "decay_bits": 6,
+    "A_bits": 8,
+    "G_headroom": 0,
+    "G_limit": 30,
+    "M_bits": 12,
 }
 LENGTH = 11
 """Steps of the sequence of the tests: two segments of four, and three steps of a third."""
@@ -323,14 +341,14 @@ def test_length_that_is_picked_is_the_cheapest_that_fits(
 ) -> None:
     graph, _ = random_graph(0, **TEXT)
     monkeypatch.setattr("zk.segment_steps.stored_calibration", lambda: None)
-    memory = BYTES_PER_ROW << 15
+    memory = BYTES_PER_ROW << 13
 
     def rows(steps: int, logrows: int) -> int:
         segment = Segment(steps, hidden=hidden)
         return lower(graph, logrows, False, True, segment=segment).circuit.rows + MARGIN_ROWS
 
     steps = pick_steps(graph, 24, hidden, memory)
-    sizes = {s: next((k for k in (14, 15) if rows(s, k) <= 1 << k), 0) for s in range(4, 25, 4)}
+    sizes = {s: next((k for k in (12, 13) if rows(s, k) <= 1 << k), 0) for s in range(4, 25, 4)}
     costs = {s: -(-24 // s) << k for s, k in sizes.items() if k}
     assert -(-24 // steps) << sizes[steps] == min(costs.values())
     with pytest.raises(MambaintError, match="memory"):

@@ -86,9 +86,8 @@ def main() -> None:
             workers = children(running.pid)
             target = chance.choice(["driver", "worker"]) if workers else "driver"
             if running.poll() is not None:
-                raise SystemExit(
-                    f"ended before kill {turn + 1}, {len(finished(segments))} segments: {running.communicate()}"
-                )
+                done = len(finished(segments))
+                raise SystemExit(f"ended before kill {turn + 1}, {done} segments: {running.communicate()}")
             os.kill(chance.choice(workers) if target == "worker" else running.pid, signal.SIGKILL)
             killed[target] += 1
             running.communicate()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -64,12 +64,9 @@ def joined(parts: Sequence[Equality]) -> Equality:
     )
 
 
-class Fingerprints(MutableMapping[str, Any]):
+class Fingerprints(dict[str, Any]):
     """A trace that keeps of every tensor its shape and the SHA-256 of its integers, not the tensor: those of
     large models would not fit the memory."""
-
-    def __init__(self) -> None:
-        self._kept: dict[str, tuple[tuple[int, ...], bytes]] = {}
 
     def __setitem__(self, name: str, tensor: Any) -> None:
         values = np.asarray(tensor)
@@ -77,19 +74,8 @@ class Fingerprints(MutableMapping[str, Any]):
         whole = values if values.dtype == np.int64 else _whole(values)
         kind = b"integers" if whole is not None else b"others"
         content = np.ascontiguousarray(values if whole is None else whole)
-        self._kept[name] = values.shape, hashlib.sha256(kind + content.data.cast("B")).digest()
-
-    def __getitem__(self, name: str) -> tuple[tuple[int, ...], bytes]:
-        return self._kept[name]
-
-    def __delitem__(self, name: str) -> None:
-        del self._kept[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._kept)
-
-    def __len__(self) -> int:
-        return len(self._kept)
+        digest = hashlib.sha256(kind + content.data.cast("B")).digest()
+        super().__setitem__(name, (values.shape, digest))
 
 
 def _whole(values: NDArray[Any]) -> IntArray | None:

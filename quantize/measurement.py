@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -117,40 +116,30 @@ def _split(data: Any, name: str) -> NDArray[Any]:
     return values
 
 
-class _Ranges(MutableMapping[str, Any]):
-    """A trace that keeps of every node what it was seen to hold, and no tensor.
+class _Ranges(dict[str, Any]):
+    """A trace that keeps of every node what it was seen to hold, :class:`Observed`, and no tensor.
 
     Args:
         graph: the model.
     """
 
     def __init__(self, graph: Graph) -> None:
+        super().__init__()
         self._graph = graph
-        self.observed: dict[str, Observed] = {}
 
     def __setitem__(self, name: str, values: IntArray) -> None:
         node = self._graph.by_name.get(name)
         if node is None:
             return
         low, high = int(values.min()), int(values.max())
-        seen = self.observed.setdefault(name, Observed(low, high))
+        if name not in self:
+            super().__setitem__(name, Observed(low, high))
+        seen: Observed = self[name]
         seen.low, seen.high = min(seen.low, low), max(seen.high, high)
         seen.values += values.size
         if node.op == "clamp":
             ends = (values == node.integer("low")) | (values == node.integer("high"))
             seen.saturated += int(np.count_nonzero(ends))
-
-    def __getitem__(self, name: str) -> Observed:
-        return self.observed[name]
-
-    def __delitem__(self, name: str) -> None:
-        del self.observed[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.observed)
-
-    def __len__(self) -> int:
-        return len(self.observed)
 
 
 def _measure_classes(graph: Graph, data: Any) -> Measurement:
@@ -167,9 +156,7 @@ def _measure_classes(graph: Graph, data: Any) -> Measurement:
         loss += _cross_entropy(logits * scale, targets)
         np.add.at(confusion, (targets, logits.argmax(-1)), 1)
     accuracy = int(np.trace(confusion)) / len(labels)
-    return Measurement(
-        "accuracy", accuracy, loss / len(labels), len(labels), confusion.tolist(), ranges.observed
-    )
+    return Measurement("accuracy", accuracy, loss / len(labels), len(labels), confusion.tolist(), dict(ranges))
 
 
 def _measure_text(graph: Graph, data: Any, window: int) -> Measurement:
@@ -192,7 +179,7 @@ def _measure_text(graph: Graph, data: Any, window: int) -> Measurement:
         predicted += int(data.tokenizer.lengths[windows[:, 1:]].sum())
     tokens = len(starts) * window
     bits = loss / predicted / math.log(2)
-    return Measurement("bits_per_byte", bits, loss / tokens, tokens, [], ranges.observed)
+    return Measurement("bits_per_byte", bits, loss / tokens, tokens, [], dict(ranges))
 
 
 def _cross_entropy(logits: NDArray[np.floating[Any]], targets: IntArray) -> float:

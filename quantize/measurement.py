@@ -156,7 +156,9 @@ def _measure_classes(graph: Graph, data: Any) -> Measurement:
         loss += _cross_entropy(logits * scale, targets)
         np.add.at(confusion, (targets, logits.argmax(-1)), 1)
     accuracy = int(np.trace(confusion)) / len(labels)
-    return Measurement("accuracy", accuracy, loss / len(labels), len(labels), confusion.tolist(), dict(ranges))
+    return Measurement(
+        "accuracy", accuracy, loss / len(labels), len(labels), confusion.tolist(), dict(ranges)
+    )
 
 
 def _measure_text(graph: Graph, data: Any, window: int) -> Measurement:

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from circuits.circuit import CHAIN, CHAIN_VALUES, STATE_IN, STATE_OUT
+from circuits.circuit import CHAIN, CHAIN_VALUES, GENERATED, STATE_IN, STATE_OUT
 from mamba_int.errors import MambaintError
 from mamba_int.files import canonical_json, parse_json
 from zk.challenge import POINT_BYTES
 from zk.field import HALF
-from zk.package import MAX_PACKAGE_BYTES, Package, decode_package, encode_stored_zip
+from zk.package import MAX_PACKAGE_BYTES, Package, decode_package, encode_stored_zip, read_package_bytes
 
 FORMAT = "mambaint-chain-verifier"
 VERSION = 1
@@ -54,6 +54,11 @@ class ChainPackage:
         return isinstance(self.first_state, str)
 
     @property
+    def greedy(self) -> bool:
+        """Whether proofs show what was generated instead of logits."""
+        return any(tensor.name == GENERATED for tensor in self.segment.public)
+
+    @property
     def model_id(self) -> str:
         """Of both circuits."""
         return self.segment.model_id
@@ -77,11 +82,6 @@ def is_point(value: Any) -> bool:
     """Whether a value is a commitment in hexadecimal."""
     digits = set("0123456789abcdef")
     return isinstance(value, str) and len(value) == 2 * POINT_BYTES and not set(value) - digits
-
-
-def is_chain_package(raw: bytes) -> bool:
-    """Whether a file may be the package of a chain: its first member says so."""
-    return raw[30 : 30 + len(CARD)] == CARD.encode()
 
 
 def _refuse(source: str, reason: str) -> MambaintError:
@@ -184,12 +184,5 @@ def read_chain_package(path: Path) -> tuple[ChainPackage, str]:
     Raises:
         MambaintError: if it is missing, too large or malformed.
     """
-    try:
-        with path.open("rb") as stream:
-            raw = stream.read(MAX_CHAIN_PACKAGE_BYTES + 1)
-    except OSError as error:
-        raise MambaintError(
-            f"cannot read the verifier package {path}: {error.strerror or error}",
-            "give its path with --verifier",
-        ) from error
+    raw = read_package_bytes(path, MAX_CHAIN_PACKAGE_BYTES)
     return decode_chain_package(raw, str(path)), hashlib.sha256(raw).hexdigest()

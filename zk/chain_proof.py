@@ -11,9 +11,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from circuits.circuit import CHAIN_BITS
-from mamba_int.errors import MambaintError
-from mamba_int.files import canonical_json, parse_json
-from zk.proof import MAX_FILE_BYTES, InvalidProof, decode_hash, decode_numbers, decode_proof_bytes, expect
+from mamba_int.files import canonical_json
+from zk.proof import (
+    decode_document,
+    decode_hash,
+    decode_numbers,
+    decode_proof_bytes,
+    decode_public,
+    expect,
+)
 
 FORMAT = "mambaint-chain"
 VERSION = 1
@@ -35,6 +41,11 @@ class SegmentProof:
     public: dict[str, list[int]]
     state: tuple[int, ...]
     proof: bytes
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {"public": self.public, "state": list(self.state), "proof": self.proof.hex()}
 
 
 @dataclass(frozen=True)
@@ -67,10 +78,7 @@ class ChainProof:
             "chain": self.chain,
             "steps": self.steps,
             "prompt": self.prompt,
-            "segments": [
-                {"public": segment.public, "state": list(segment.state), "proof": segment.proof.hex()}
-                for segment in self.segments
-            ],
+            "segments": [segment.document for segment in self.segments],
         }
         return canonical_json(content) + b"\n"
 
@@ -86,17 +94,7 @@ def decode_chain_proof(raw: bytes) -> ChainProof:
     Raises:
         InvalidProof: if any byte differs from what :meth:`ChainProof.encode` writes.
     """
-    expect(len(raw) <= MAX_FILE_BYTES, f"the file has more than {MAX_FILE_BYTES} bytes")
-    try:
-        value = parse_json(raw, "the proof file")
-    except MambaintError as error:
-        raise InvalidProof(error.cause) from error
-    expect(isinstance(value, dict) and value.get("format") == FORMAT, "it is not a chain of mambaint")
-    found = value.get("version")
-    expect(
-        type(found) is int and found == VERSION,
-        f"it has format version {found!a} and this mambaint reads version {VERSION}",
-    )
+    value = decode_document(raw, FORMAT, VERSION, "a chain")
     expect(set(value) == _FIELDS, f"its fields are not exactly {', '.join(sorted(_FIELDS))}")
     chain, steps, prompt, items = (value[name] for name in ("chain", "steps", "prompt", "segments"))
     expect(type(chain) is int and 0 <= chain < 1 << CHAIN_BITS, "the number of the chain is out of range")
@@ -109,20 +107,21 @@ def decode_chain_proof(raw: bytes) -> ChainProof:
         chain=chain,
         steps=steps,
         prompt=prompt,
-        segments=tuple(_decode_segment(item) for item in items),
+        segments=tuple(decode_segment(item) for item in items),
     )
     expect(proof.encode() == raw, "the file is not in the one canonical form")
     return proof
 
 
-def _decode_segment(item: Any) -> SegmentProof:
+def decode_segment(item: Any) -> SegmentProof:
+    """The reverse of :attr:`SegmentProof.document`.
+
+    Raises:
+        InvalidProof: if it is malformed.
+    """
     expect(isinstance(item, dict) and set(item) == _SEGMENT, "a segment has wrong fields")
-    expect(isinstance(item["public"], dict), "public is not an object")
     return SegmentProof(
-        public={
-            str(name): decode_numbers(values, f"public value {name!a}")
-            for name, values in item["public"].items()
-        },
+        public=decode_public(item["public"]),
         state=tuple(decode_numbers(item["state"], "a state")),
         proof=decode_proof_bytes(item["proof"]),
     )

@@ -189,20 +189,29 @@ def _refusal(source: str, reason: str) -> MambaintError:
     )
 
 
+def read_package_bytes(path: Path, most: int) -> bytes:
+    """A verifier package file as far as it is read: one byte more than it may have.
+
+    Raises:
+        MambaintError: if it cannot be read.
+    """
+    try:
+        with path.open("rb") as stream:
+            return stream.read(most + 1)
+    except OSError as error:
+        raise MambaintError(
+            f"cannot read the verifier package {path}: {error.strerror or error}",
+            "give its path with --verifier",
+        ) from error
+
+
 def read_package(path: Path) -> tuple[Package, str]:
     """Read a verifier package file; returns it and its SHA-256 (hex).
 
     Raises:
         MambaintError: if it is missing, too large or malformed.
     """
-    try:
-        with path.open("rb") as stream:
-            raw = stream.read(MAX_PACKAGE_BYTES + 1)
-    except OSError as error:
-        raise MambaintError(
-            f"cannot read the verifier package {path}: {error.strerror or error}",
-            "give its path with --verifier",
-        ) from error
+    raw = read_package_bytes(path, MAX_PACKAGE_BYTES)
     return decode_package(raw, str(path)), hashlib.sha256(raw).hexdigest()
 
 

@@ -88,7 +88,8 @@ def decode_proof_bytes(text: Any) -> bytes:
     return bytes.fromhex(text)
 
 
-def _decode_public(value: Any) -> dict[str, list[int]]:
+def decode_public(value: Any) -> dict[str, list[int]]:
+    """Public values by name."""
     expect(isinstance(value, dict), "public is not an object")
     return {str(name): decode_numbers(numbers, f"public value {name!a}") for name, numbers in value.items()}
 
@@ -100,23 +101,37 @@ def _decode_segments(value: Any) -> tuple[bytes, ...]:
     return (decode_proof_bytes(item["proof"]),)
 
 
-def decode_proof(raw: bytes) -> Proof:
-    """Read a proof file strictly.
+def decode_document(raw: bytes, format_name: str, version: int, what: str) -> dict[str, Any]:
+    """The JSON object of a file that says it is of this format and version.
+
+    Args:
+        what: the format in words.
 
     Raises:
-        InvalidProof: if any byte differs from what :meth:`Proof.encode` writes.
+        InvalidProof: if it is none, or too long.
     """
     expect(len(raw) <= MAX_FILE_BYTES, f"the file has more than {MAX_FILE_BYTES} bytes")
     try:
         value = parse_json(raw, "the proof file")
     except MambaintError as error:
         raise InvalidProof(error.cause) from error
-    expect(isinstance(value, dict) and value.get("format") == FORMAT, "it is not a proof file of mambaint")
+    if not isinstance(value, dict) or value.get("format") != format_name:
+        raise InvalidProof(f"it is not {what} of mambaint")
     found = value.get("version")
     expect(
-        type(found) is int and found == VERSION,
-        f"it has format version {found!a} and this mambaint reads version {VERSION}",
+        type(found) is int and found == version,
+        f"it has format version {found!a} and this mambaint reads version {version}",
     )
+    return value
+
+
+def decode_proof(raw: bytes) -> Proof:
+    """Read a proof file strictly.
+
+    Raises:
+        InvalidProof: if any byte differs from what :meth:`Proof.encode` writes.
+    """
+    value = decode_document(raw, FORMAT, VERSION, "a proof file")
     missing, unknown = sorted(_FIELDS - set(value)), sorted(set(value) - _FIELDS)
     expect(not missing, f"field {', '.join(missing)} is missing")
     expect(not unknown, f"unknown field {', '.join(ascii(name) for name in unknown)}")
@@ -124,7 +139,7 @@ def decode_proof(raw: bytes) -> Proof:
         model_id=decode_hash(value["model_id"], "model_id"),
         circuit_id=decode_hash(value["circuit_id"], "circuit_id"),
         verifier_package=decode_hash(value["verifier_package"], "verifier_package"),
-        public=_decode_public(value["public"]),
+        public=decode_public(value["public"]),
         segments=_decode_segments(value["segments"]),
     )
     expect(proof.encode() == raw, "the file is not in the one canonical form")

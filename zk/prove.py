@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from circuits.circuit import Circuit, Witness
 from mamba_int.errors import MambaintError
@@ -58,14 +59,7 @@ def prove(
         raise MambaintError(
             "circuit, keys and verifier package do not belong together", "make the verifier package again"
         )
-    job = {
-        "witness": pack_witness(circuit, witness),
-        "circuit": {**pack_circuit(circuit), "circuit_id": keys.circuit_id},
-        "keys": str(keys.folder),
-        "srs": str(keys.srs.path),
-    }
-    limit = job_timeout(circuit.logrows) if timeout is None else timeout
-    answer = run_job("prove", job, what="proving", timeout=limit)
+    answer = prove_witness(circuit, witness, keys, timeout)
     digest = hashlib.sha256(package).hexdigest()
     segment = bytes.fromhex(answer["proof"])
     proof = Proof(
@@ -89,6 +83,21 @@ def prove(
         prove_seconds=answer["prove_seconds"],
         peak_bytes=answer["peak_bytes"],
     )
+
+
+def prove_witness(circuit: Circuit, witness: Witness, keys: Keys, timeout: float | None) -> dict[str, Any]:
+    """The worker's answer: the proof in hexadecimal, what it cost; nothing is checked.
+
+    Args and errors as for :func:`prove`.
+    """
+    job = {
+        "witness": pack_witness(circuit, witness),
+        "circuit": {**pack_circuit(circuit), "circuit_id": keys.circuit_id},
+        "keys": str(keys.folder),
+        "srs": str(keys.srs.path),
+    }
+    limit = job_timeout(circuit.logrows) if timeout is None else timeout
+    return run_job("prove", job, what="proving", timeout=limit)
 
 
 def mock(circuit: Circuit, witnesses: Sequence[Witness], timeout: float = 120) -> list[bool]:

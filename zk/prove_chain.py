@@ -30,15 +30,15 @@ from mamba_int.graph import Graph, IntArray
 from mamba_int.interpreter import evaluate, evaluate_step
 from zk import field
 from zk.chain_package import ChainPackage, decode_chain_package
-from zk.chain_proof import ChainProof, SegmentProof
+from zk.chain_proof import ChainProof, SegmentProof, decode_segment
 from zk.estimate import available_memory
 from zk.identity import is_sha256
-from zk.jobs import pack_circuit, pack_witness
-from zk.keys import Keys, job_timeout, make_keys
-from zk.package import Package, decode_package
+from zk.keys import Keys, make_keys
+from zk.package import Package
 from zk.process import run_job
-from zk.proof import InvalidProof, decode_numbers, decode_proof_bytes
+from zk.proof import InvalidProof
 from zk.provable import statement
+from zk.prove import prove_witness
 from zk.srs import check_choice, chosen_srs
 from zk.verify_chain import check_chain, check_one, greedy_flags, state_before
 
@@ -87,9 +87,7 @@ class ProvableChain:
     @property
     def first_state(self) -> IntArray:
         """The state before the first step, flat."""
-        carried = self.segment.lowered.carried
-        assert carried is not None
-        return initial_state(carried.shapes, carried.first)
+        return first_state(self.segment.lowered)
 
 
 @dataclass(frozen=True)
@@ -177,15 +175,12 @@ def prepare_chain(
         circuits = [lowered_at(form, most) for form in forms]
     body, *ends = (made(lowered) for lowered in circuits)
     head = ends[0] if ends else None
-    carried = body.lowered.carried
-    assert carried is not None
-    first = initial_state(carried.shapes, carried.first)
     package = ChainPackage(
         segment=body.package,
         head=None if head is None else head.package,
         segment_steps=steps,
         total_steps=graph.seq_len if ended else 0,
-        first_state=tuple(first.tolist())
+        first_state=tuple(first_state(body.lowered).tolist())
         if public_states
         else first_commitment(body.lowered, body.package, body.keys.srs.path),
     )
@@ -196,13 +191,17 @@ FIRST_SALTS = tuple(range(1, SALTS + 1))
 """Of the first state, which is no secret; not zero, since EZKL has no name for the commitment to zeros."""
 
 
+def first_state(lowered: LoweredCircuit) -> IntArray:
+    """The state before the first step, flat, as the circuit of a segment has it."""
+    assert lowered.carried is not None
+    return initial_state(lowered.carried.shapes, lowered.carried.first)
+
+
 def sample_witness(graph: Graph, lowered: LoweredCircuit, steps: int) -> Witness:
     """An honest witness of a segment: the lowest input, from the first state."""
-    assert lowered.carried is not None
-    first = initial_state(lowered.carried.shapes, lowered.carried.first)
     low, features = graph.input.integer("low"), graph.input.integer("features")
     inputs = np.full((steps, features) if features else (steps,), low, np.int64)
-    return segment_witness(lowered, inputs, first, (0, 0, 0))
+    return segment_witness(lowered, inputs, first_state(lowered), (0, 0, 0))
 
 
 def first_commitment(lowered: LoweredCircuit, package: Package, srs: Path) -> str:
@@ -211,9 +210,7 @@ def first_commitment(lowered: LoweredCircuit, package: Package, srs: Path) -> st
     Args:
         lowered: the circuit of a segment. package: its verifier package. srs: the full SRS file.
     """
-    assert lowered.carried is not None
-    first = initial_state(lowered.carried.shapes, lowered.carried.first)
-    values = (*_padded_state(lowered, first), *FIRST_SALTS)
+    values = (*_padded_state(lowered, first_state(lowered)), *FIRST_SALTS)
     job = {
         "values": [field.encode(value) for value in values],
         "settings": package.settings.hex(),
@@ -461,10 +458,10 @@ def prove_chain(
         path = folder / job.name
         found = _finished(path, job)
         if found is None:
-            answer = _prove(job.circuit, job.witness, timeout)
+            answer = prove_witness(job.circuit.lowered.circuit, job.witness, job.circuit.keys, timeout)
             answers.append(answer)
             found = _segment_proof(job.witness, bytes.fromhex(answer["proof"]))
-            write_bytes(path, _encoded(found))
+            write_bytes(path, canonical_json(found.document))
         done[job.place[1]] = found
 
     workers = fitting(workers, chain)
@@ -518,28 +515,11 @@ def fitting(workers: int, chain: ProvableChain) -> int:
     return workers if free is None else max(1, min(workers, free // needed))
 
 
-def _prove(circuit: SegmentCircuit, witness: Witness, timeout: float | None) -> dict[str, Any]:
-    lowered, keys = circuit.lowered.circuit, circuit.keys
-    job = {
-        "witness": pack_witness(lowered, witness),
-        "circuit": {**pack_circuit(lowered), "circuit_id": keys.circuit_id},
-        "keys": str(keys.folder),
-        "srs": str(keys.srs.path),
-    }
-    limit = job_timeout(lowered.logrows) if timeout is None else timeout
-    return run_job("prove", job, what="proving", timeout=limit)
-
-
 def _segment_proof(witness: Witness, proof: bytes) -> SegmentProof:
     shown: dict[str, list[int]] = {
         name: witness.public[name] for name in ("input", "logits", TOKENS) if name in witness.public
     }
     return SegmentProof(shown, tuple(witness.public.get(STATE_OUT, [])), proof)
-
-
-def _encoded(segment: SegmentProof) -> bytes:
-    content = {"public": segment.public, "state": list(segment.state), "proof": segment.proof.hex()}
-    return canonical_json(content)
 
 
 def _finished(path: Path, job: Job) -> SegmentProof | None:
@@ -548,20 +528,14 @@ def _finished(path: Path, job: Job) -> SegmentProof | None:
     if not path.exists():
         return None
     try:
-        content = parse_json(read_bytes(path, ""), str(path))
-        proof = decode_proof_bytes(content["proof"])
-        found = SegmentProof(
-            {name: decode_numbers(values, name) for name, values in content["public"].items()},
-            tuple(decode_numbers(content["state"], "a state")),
-            proof,
-        )
-        if found != _segment_proof(witness, proof):
+        found = decode_segment(parse_json(read_bytes(path, ""), str(path)))
+        if found != _segment_proof(witness, found.proof):
             return None
-        trusted = decode_package(job.circuit.package.encode(), "made here")
+        trusted = job.circuit.package
         # Whether a commitment is that of the segment before is seen when the chain is whole.
         before = state_before(found, trusted, tuple(witness.public.get(STATE_IN, [])))
         check_one(found, job.place, before, trusted, job.flags)
-    except (InvalidProof, MambaintError, KeyError, TypeError, AttributeError):
+    except (InvalidProof, MambaintError):
         return None
     return found
 

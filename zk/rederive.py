@@ -10,15 +10,15 @@ from dataclasses import fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from circuits.circuit import COMMITTED_INPUT, GENERATED, Witness
+from circuits.circuit import COMMITTED_INPUT, Witness
 from circuits.lowering import LoweredCircuit, build_circuit
 from circuits.sample import sample_input
-from circuits.segment import Segment, initial_state, reduction
+from circuits.segment import Segment, reduction
 from mamba_int.graph import Graph
 from zk.chain_package import ChainPackage, read_chain_package
 from zk.keys import make_keys
 from zk.package import Package, read_package
-from zk.prove_chain import first_commitment, sample_witness
+from zk.prove_chain import first_commitment, first_state, sample_witness
 from zk.srs import Srs, find_srs
 from zk.verify import Verdict, check, read_proof
 from zk.verify_chain import check_chain
@@ -97,23 +97,20 @@ def chain_fault(
     ends, steps = reduction(graph) is not None, package.segment_steps
     if ends != (package.head is not None) or package.total_steps != (graph.seq_len if ends else 0):
         return "the trusted package is for sequences of another form than this model's"
-    greedy = any(tensor.name == GENERATED for tensor in package.segment.public)
     reason = ""
     for circuit in (package.segment, package.head):
         if circuit is None or reason:
             continue
         srs = _named_srs(circuit, srs_path, cache)
         lowered = _lowered(
-            circuit, graph, Segment(steps, circuit is package.head, package.hides_states, greedy)
+            circuit, graph, Segment(steps, circuit is package.head, package.hides_states, package.greedy)
         )
         reason = _key_fault(circuit, lowered, sample_witness(graph, lowered, steps), srs)
         if circuit is package.segment and not reason:
-            assert lowered.carried is not None
-            first = initial_state(lowered.carried.shapes, lowered.carried.first)
             wanted = (
                 first_commitment(lowered, circuit, srs.path)
                 if package.hides_states
-                else tuple(first.tolist())
+                else tuple(first_state(lowered).tolist())
             )
             reason = "" if wanted == package.first_state else "the first state is not that of this model"
     return reason

@@ -90,12 +90,7 @@ def check(
     raw_proof: bytes, package: Package, package_sha256: str, expected_model_id: str | None = None
 ) -> Verdict:
     """:func:`verify` on content already in memory."""
-    installed = ezkl_calls.installed_version()
-    if installed != package.ezkl_version:
-        raise MambaintError(
-            f"the verifier package needs EZKL {package.ezkl_version} and {installed} is installed",
-            f"run: pip install ezkl=={package.ezkl_version}",
-        )
+    require_version(package)
     started = time.perf_counter()
     public: dict[str, list[int]] = {}
     commitments: dict[str, str] = {}
@@ -107,10 +102,7 @@ def check(
         proof = decode_proof(raw_proof)
         _check_identity(proof, package, package_sha256, expected_model_id)
         segment = proof.segments[0]
-        # EZKL ignores bytes after the proof, so the length is ours to check.
-        if len(segment) != package.proof_bytes:
-            raise InvalidProof(f"the proof has {len(segment)} bytes and must have {package.proof_bytes}")
-        check_segment(segment, rebuild_instances(proof.public, segment, package), package)
+        check_segment(segment, proof.public, package)
         public = proof.public
         if package.commits_to_input:
             commitments = {COMMITTED_INPUT: segment[:POINT_BYTES].hex()}
@@ -130,15 +122,47 @@ def check(
     )
 
 
+def require_version(package: Package) -> None:
+    """Refuse to check with another EZKL than the package was made with.
+
+    Raises:
+        MambaintError: naming the version that is needed.
+    """
+    installed = ezkl_calls.installed_version()
+    if installed != package.ezkl_version:
+        raise MambaintError(
+            f"the verifier package needs EZKL {package.ezkl_version} and {installed} is installed",
+            f"run: pip install ezkl=={package.ezkl_version}",
+        )
+
+
+def check_model(proof_model_id: str, package_model_id: str, expected: str | None) -> None:
+    """Whether proof, package and verifier mean one model.
+
+    Raises:
+        InvalidProof: if they do not.
+    """
+    if expected is not None and package_model_id != expected:
+        raise InvalidProof(f"the trusted package is for model {package_model_id}, not {expected}")
+    if proof_model_id != package_model_id:
+        raise InvalidProof(f"it is about model {proof_model_id}, not {package_model_id}")
+
+
+def check_package(proof_package: str, digest: str) -> None:
+    """Whether a proof was made for the trusted package.
+
+    Raises:
+        InvalidProof: if it was not.
+    """
+    if proof_package != digest:
+        raise InvalidProof(f"it was made for verifier package {proof_package}, not {digest}")
+
+
 def _check_identity(proof: Proof, package: Package, digest: str, expected: str | None) -> None:
-    if expected is not None and package.model_id != expected:
-        raise InvalidProof(f"the trusted package is for model {package.model_id}, not {expected}")
-    if proof.model_id != package.model_id:
-        raise InvalidProof(f"it is about model {proof.model_id}, not {package.model_id}")
+    check_model(proof.model_id, package.model_id, expected)
     if proof.circuit_id != package.circuit_id:
         raise InvalidProof("it is about another circuit of the same model")
-    if proof.verifier_package != digest:
-        raise InvalidProof(f"it was made for verifier package {proof.verifier_package}, not {digest}")
+    check_package(proof.verifier_package, digest)
 
 
 def rebuild_instances(public: dict[str, list[int]], segment: bytes, package: Package) -> list[str]:
@@ -181,13 +205,17 @@ def rebuild_instances(public: dict[str, list[int]], segment: bytes, package: Pac
     return instances
 
 
-def check_segment(proof: bytes, instances: list[str], package: Package) -> None:
-    """Ask EZKL about one proof.
+def check_segment(proof: bytes, public: dict[str, list[int]], package: Package) -> None:
+    """Ask EZKL about one proof, with instances rebuilt from its public values.
 
     Raises:
         InvalidProof: if it does not verify.
         MambaintError: if the check cannot be made.
     """
+    # EZKL ignores bytes after the proof, so the length is ours to check.
+    if len(proof) != package.proof_bytes:
+        raise InvalidProof(f"the proof has {len(proof)} bytes and must have {package.proof_bytes}")
+    instances = rebuild_instances(public, proof, package)
     with TemporaryDirectory(prefix="mambaint-") as name:
         folder = Path(name)
         content = {

@@ -13,14 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from circuits.circuit import CHAIN, GENERATED, STATE_IN, STATE_OUT, TOKENS
-from mamba_int.errors import MambaintError
-from zk import ezkl_calls
 from zk.chain_package import ChainPackage, State, read_chain_package
 from zk.chain_proof import ChainProof, SegmentProof, decode_chain_proof
 from zk.challenge import POINT_BYTES
 from zk.package import MAX_REASON, Package
 from zk.proof import InvalidProof
-from zk.verify import Verdict, check_segment, read_proof, rebuild_instances
+from zk.verify import Verdict, check_model, check_package, check_segment, read_proof, require_version
 
 PARTIAL = "partial"
 """The first word of the reason where all that was asked for verifies, but not all was asked for."""
@@ -58,7 +56,7 @@ def check_chain(
     only: range | None = None,
 ) -> Verdict:
     """:func:`verify_chain` on content already in memory."""
-    require_version(package)
+    require_version(package.segment)
     started = time.perf_counter()
     public: dict[str, list[int]] = {}
     statement = dict(package.segment.statement)
@@ -98,33 +96,14 @@ def check_chain(
     )
 
 
-def require_version(package: ChainPackage) -> None:
-    """Refuse to check with another EZKL than the package was made with.
-
-    Raises:
-        MambaintError: naming the version that is needed.
-    """
-    installed = ezkl_calls.installed_version()
-    if installed != package.segment.ezkl_version:
-        raise MambaintError(
-            f"the verifier package needs EZKL {package.segment.ezkl_version} and {installed} is installed",
-            f"run: pip install ezkl=={package.segment.ezkl_version}",
-        )
-
-
 def _check_form(proof: ChainProof, package: ChainPackage, digest: str, expected: str | None) -> None:
-    if expected is not None and package.model_id != expected:
-        raise InvalidProof(f"the trusted package is for model {package.model_id}, not {expected}")
-    if proof.model_id != package.model_id:
-        raise InvalidProof(f"it is about model {proof.model_id}, not {package.model_id}")
-    if proof.verifier_package != digest:
-        raise InvalidProof(f"it was made for verifier package {proof.verifier_package}, not {digest}")
+    check_model(proof.model_id, package.model_id, expected)
+    check_package(proof.verifier_package, digest)
     count, length = len(proof.segments), package.segment_steps
     if not (count - 1) * length < proof.steps <= count * length:
         raise InvalidProof(f"{count} segments of {length} steps are not a sequence of {proof.steps}")
-    greedy = any(tensor.name == GENERATED for tensor in package.segment.public)
     # The first token has no step before it.
-    if not (1 <= proof.prompt < proof.steps if greedy else proof.prompt == 0):
+    if not (1 <= proof.prompt < proof.steps if package.greedy else proof.prompt == 0):
         raise InvalidProof(
             f"a prompt of {proof.prompt} of {proof.steps} steps is none for this model's package"
         )
@@ -209,11 +188,7 @@ def check_one(
     known = sorted(segment.public.keys() & {CHAIN, STATE_IN, STATE_OUT, GENERATED})
     if known:
         raise InvalidProof(f"it states its own {known[0]}")
-    # EZKL ignores bytes after the proof, so the length is ours to check.
-    if len(segment.proof) != circuit.proof_bytes:
-        raise InvalidProof(f"the proof has {len(segment.proof)} bytes and must have {circuit.proof_bytes}")
-    instances = rebuild_instances(segment.public | linked, segment.proof, circuit)
-    check_segment(segment.proof, instances, circuit)
+    check_segment(segment.proof, segment.public | linked, circuit)
 
 
 def _public_values(proof: ChainProof, package: ChainPackage) -> dict[str, list[int]]:

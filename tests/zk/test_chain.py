@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from circuits.cells import Values
-from circuits.circuit import Witness
+from circuits.circuit import Circuit, Witness
 from circuits.lowering import MARGIN_ROWS, build_circuit, lower
 from circuits.segment import PLACE, Segment, initial_state, leaving, named_state, reduction, step_unit
 from mamba_int.errors import MambaintError
@@ -26,7 +26,8 @@ from tests.circuits_runtime.models import random_graph
 from zk import prove_chain as proving
 from zk.chain_package import ChainPackage, decode_chain_package
 from zk.chain_proof import ChainProof, SegmentProof, decode_chain_proof
-from zk.prove import mock
+from zk.keys import Keys
+from zk.prove import mock, prove_witness
 from zk.prove_chain import (
     ChainSecret,
     ProvableChain,
@@ -190,7 +191,7 @@ def test_segments_that_are_not_the_chain_are_refused(chains: Chains, name: str) 
 
 
 def prove_one(circuit: SegmentCircuit, witness: Witness) -> SegmentProof:
-    answer = proving._prove(circuit, witness, None)
+    answer = prove_witness(circuit.lowered.circuit, witness, circuit.keys, None)
     return proving._segment_proof(witness, bytes.fromhex(answer["proof"]))
 
 
@@ -235,18 +236,18 @@ def test_chain_of_another_model_is_refused_under_a_forged_name(
 def test_killed_run_goes_on_and_proves_nothing_twice(
     chains: Chains, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    honest, calls = proving._prove, []
+    honest, calls = prove_witness, []
 
-    def killed(circuit: SegmentCircuit, witness: Witness, timeout: float | None) -> dict[str, Any]:
+    def killed(circuit: Circuit, witness: Witness, keys: Keys, timeout: float | None) -> dict[str, Any]:
         if len(calls) == 1:
             raise KeyboardInterrupt
         calls.append(witness)
-        return honest(circuit, witness, timeout)
+        return honest(circuit, witness, keys, timeout)
 
-    monkeypatch.setattr(proving, "_prove", killed)
+    monkeypatch.setattr(proving, "prove_witness", killed)
     with pytest.raises(KeyboardInterrupt):
         prove_chain(chains.chain, [chains.inputs], tmp_path / "c")
-    monkeypatch.setattr(proving, "_prove", honest)
+    monkeypatch.setattr(proving, "prove_witness", honest)
     result = prove_chain(chains.chain, [chains.inputs], tmp_path / "c")
     assert (result.segments, result.proved) == (3, 2)
     assert chains.verdict(decode_chain_proof(result.file)).valid
@@ -276,13 +277,13 @@ def test_input_begun_in_the_folder_of_another_shares_no_segment_and_no_salt(
 def test_stream_is_proved_while_it_lasts_and_closed_at_any_time(
     chains: Chains, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    honest, begun = proving._prove, threading.Event()
+    honest, begun = prove_witness, threading.Event()
 
-    def told(circuit: SegmentCircuit, witness: Witness, timeout: float | None) -> dict[str, Any]:
+    def told(circuit: Circuit, witness: Witness, keys: Keys, timeout: float | None) -> dict[str, Any]:
         begun.set()
-        return honest(circuit, witness, timeout)
+        return honest(circuit, witness, keys, timeout)
 
-    monkeypatch.setattr(proving, "_prove", told)
+    monkeypatch.setattr(proving, "prove_witness", told)
 
     def arriving() -> Iterator[IntArray]:
         for t in range(LENGTH):

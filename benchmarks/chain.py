@@ -106,7 +106,7 @@ def run(chain: ProvableChain, length: int, workers: int) -> dict[str, Any]:
 
 def described(chain: ProvableChain) -> dict[str, Any]:
     """Size, keys, and what the links cost: rows beside those of the same segment without any."""
-    lowered, keys = chain.segment.lowered, chain.segment.keys
+    lowered, keys = chain.stages[0].lowered, chain.stages[0].keys
     assert lowered.carried is not None
     state = sum(int(np.prod(shape)) for shape in lowered.carried.shapes.values())
     shown = build_circuit(

@@ -86,6 +86,14 @@ class SegmentSteps(click.ParamType[int]):
     "length that makes the chain cheapest.",
 )
 @click.option(
+    "--stages",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="With --segment-steps: cut the model by layers as well, into so many circuits with keys of their "
+    "own, which need that much less memory.",
+)
+@click.option(
     "--ram",
     type=click.FloatRange(min=0, min_open=True),
     metavar="GB",
@@ -126,6 +134,7 @@ def command(
     opening: Path | None,
     reuse_opening: Path | None,
     segment_steps: int | None,
+    stages: int,
     ram: float | None,
     public_states: bool,
     greedy_after: int | None,
@@ -163,9 +172,11 @@ def command(
     from zk.provable import prepare, witness_of
     from zk.prove import prove
 
-    if segment_steps is None and (public_states or workers > 1 or stream or ram or greedy_after):
+    if segment_steps is None and (
+        public_states or stages > 1 or workers > 1 or stream or ram or greedy_after
+    ):
         raise MambaintError(
-            "--public-states, --workers, --stream, --ram and --greedy-after are for segments",
+            "--stages, --public-states, --workers, --stream, --ram and --greedy-after are for segments",
             "give --segment-steps as well",
         )
     if (input_path is None) != stream:
@@ -178,7 +189,15 @@ def command(
                 "segments are proved without --commit-input, openings and --lookups none", "leave them out"
             )
         options = ChainOptions(
-            segment_steps, ram, public_input, public_states, greedy_after, logrows, srs_path, srs_sha256
+            segment_steps,
+            stages,
+            ram,
+            public_input,
+            public_states,
+            greedy_after,
+            logrows,
+            srs_path,
+            srs_sha256,
         )
         prove_in_segments(input_path, resolve_model(model), options, out, workers, as_json)
         return

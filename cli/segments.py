@@ -19,6 +19,7 @@ class ChainOptions:
     """The options of the command that decide which circuits and which proof are meant; see there."""
 
     segment_steps: int
+    stages: int
     ram: float | None
     public_input: bool
     public_states: bool
@@ -54,6 +55,7 @@ def prove_in_segments(
         chain = prepare_chain(
             graph,
             steps,
+            stages=options.stages,
             public_input=options.public_input,
             public_states=options.public_states,
             greedy=prompt > 0,
@@ -80,13 +82,14 @@ def prove_in_segments(
     write_bytes(out, proof.file)
     shutil.rmtree(folder, ignore_errors=True)
 
-    keys = [circuit.keys for circuit in (chain.segment, chain.head) if circuit is not None]
-    circuit = chain.segment.lowered.circuit
+    keys = [circuit.keys for circuit in chain.circuits]
+    circuit = max((part.lowered.circuit for part in chain.circuits), key=lambda part: part.rows)
     result = {
         "model_id": graph.model_id,
         "steps": proof.steps,
         "segments": proof.segments,
         "segment_steps": steps,
+        "stages": proof.stages,
         "proved_now": proof.proved,
         "rows": circuit.rows,
         "logrows": circuit.logrows,
@@ -106,10 +109,11 @@ def prove_in_segments(
     if as_json:
         click.echo(json.dumps(result, indent=2))
         return
-    found = proof.segments - proof.proved
+    found = proof.segments * proof.stages - proof.proved
+    stages = f" in {proof.stages} stages each" if proof.stages > 1 else ""
     click.echo(
-        f"proved    {proof.segments} linked segments of {steps} steps in {proof.wall_seconds:.1f} s"
-        f"{f' ({found} of them found from before)' if found else ''}, {proof.peak_bytes / 1e6:.0f} MB each; "
+        f"proved    {proof.segments} linked segments of {steps} steps{stages} in {proof.wall_seconds:.1f} s"
+        f"{f' ({found} proofs found from before)' if found else ''}, {proof.peak_bytes / 1e6:.0f} MB each; "
         f"{circuit.rows:,} rows of 2^{circuit.logrows}"
     )
     click.echo(f"states    {'public' if options.public_states else 'hidden behind commitments'}")

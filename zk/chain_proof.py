@@ -1,8 +1,8 @@
 """The proof file of a chain: proofs of the segments of one sequence, in one canonical encoding.
 
 What links them is not in the file twice: the state after segment i *is* the state before segment i + 1, the
-first state is the package's, and positions count from 0. So a file cannot hold links that do not fit; it can
-only hold proofs that do not verify.
+first state is the package's, what a stage hands on *is* what the next one takes, and positions count from 0.
+So a file cannot hold links that do not fit; it can only hold proofs that do not verify.
 """
 
 from __future__ import annotations
@@ -25,27 +25,34 @@ FORMAT = "mambaint-chain"
 VERSION = 1
 
 _FIELDS = {"format", "version", "model_id", "verifier_package", "chain", "steps", "prompt", "segments"}
-_SEGMENT = {"public", "state", "proof"}
+_STAGE = {"public", "state", "activations", "proof"}
 
 
 @dataclass(frozen=True)
-class SegmentProof:
-    """One segment of a chain.
+class StageProof:
+    """One stage of one segment of a chain: all of it, if the model is not cut by layers.
 
     Attributes:
-        public: what its circuit shows besides its place and the states: logits, and the input if public.
-        state: the state after it, flat; empty after the last of a model with a head.
+        public: what its circuit shows besides its place and links: logits, and the input if public.
+        state: after it, flat; empty where states are hidden, and of a head.
+        activations: that it hands to the next stage, flat; empty where they are hidden, and of the last.
         proof: the bytes of the proof.
     """
 
     public: dict[str, list[int]]
     state: tuple[int, ...]
+    activations: tuple[int, ...]
     proof: bytes
 
     @property
     def document(self) -> dict[str, Any]:
         """As JSON values."""
-        return {"public": self.public, "state": list(self.state), "proof": self.proof.hex()}
+        return {
+            "public": self.public,
+            "state": list(self.state),
+            "activations": list(self.activations),
+            "proof": self.proof.hex(),
+        }
 
 
 @dataclass(frozen=True)
@@ -58,7 +65,7 @@ class ChainProof:
         chain: the number of the chain, drawn at random: segments of two chains do not mix.
         steps: of the sequence; those of the last segment beyond it are padding.
         prompt: where generation is proved: the steps that were given; all later ones are greedy. Else 0.
-        segments: in order.
+        segments: in order, each its stages in order.
     """
 
     model_id: str
@@ -66,7 +73,7 @@ class ChainProof:
     chain: int
     steps: int
     prompt: int
-    segments: tuple[SegmentProof, ...]
+    segments: tuple[tuple[StageProof, ...], ...]
 
     def encode(self) -> bytes:
         """The bytes of the file: canonical JSON and a newline."""
@@ -78,7 +85,7 @@ class ChainProof:
             "chain": self.chain,
             "steps": self.steps,
             "prompt": self.prompt,
-            "segments": [segment.document for segment in self.segments],
+            "segments": [[stage.document for stage in segment] for segment in self.segments],
         }
         return canonical_json(content) + b"\n"
 
@@ -101,27 +108,29 @@ def decode_chain_proof(raw: bytes) -> ChainProof:
     expect(type(steps) is int and steps >= 1, "the number of steps is not a positive integer")
     expect(type(prompt) is int and 0 <= prompt <= steps, "the length of the prompt is out of range")
     expect(isinstance(items, list) and len(items) >= 1, "it has no segments")
+    expect(all(isinstance(item, list) for item in items), "a segment is not a list of stages")
     proof = ChainProof(
         model_id=decode_hash(value["model_id"], "model_id"),
         verifier_package=decode_hash(value["verifier_package"], "verifier_package"),
         chain=chain,
         steps=steps,
         prompt=prompt,
-        segments=tuple(decode_segment(item) for item in items),
+        segments=tuple(tuple(decode_stage(stage) for stage in item) for item in items),
     )
     expect(proof.encode() == raw, "the file is not in the one canonical form")
     return proof
 
 
-def decode_segment(item: Any) -> SegmentProof:
-    """The reverse of :attr:`SegmentProof.document`.
+def decode_stage(item: Any) -> StageProof:
+    """The reverse of :attr:`StageProof.document`.
 
     Raises:
         InvalidProof: if it is malformed.
     """
-    expect(isinstance(item, dict) and set(item) == _SEGMENT, "a segment has wrong fields")
-    return SegmentProof(
+    expect(isinstance(item, dict) and set(item) == _STAGE, "a stage of a segment has wrong fields")
+    return StageProof(
         public=decode_public(item["public"]),
         state=tuple(decode_numbers(item["state"], "a state")),
+        activations=tuple(decode_numbers(item["activations"], "activations")),
         proof=decode_proof_bytes(item["proof"]),
     )

@@ -7,6 +7,7 @@ anew and compared to the byte. So is everything else of the package but its desc
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -14,6 +15,7 @@ from circuits.circuit import COMMITTED_INPUT, Witness
 from circuits.lowering import LoweredCircuit, build_circuit
 from circuits.sample import sample_input
 from circuits.segment import Segment, reduction
+from circuits.stages import cut_points
 from mamba_int.graph import Graph
 from zk.chain_package import ChainPackage, read_chain_package
 from zk.keys import make_keys
@@ -97,23 +99,26 @@ def chain_fault(
     ends, steps = reduction(graph) is not None, package.segment_steps
     if ends != (package.head is not None) or package.total_steps != (graph.seq_len if ends else 0):
         return "the trusted package is for sequences of another form than this model's"
-    reason = ""
-    for circuit in (package.segment, package.head):
-        if circuit is None or reason:
-            continue
+    if not set(package.stage_starts[1:]) <= set(cut_points(graph, package.greedy)):
+        return "its stages are not stages of this model"
+    edges = (*package.stage_starts, len(graph.nodes))
+    forms = [
+        Segment(steps, False, package.hides_states, package.greedy, range(*edge)) for edge in pairwise(edges)
+    ]
+    for circuit, form, first in zip(package.stages, forms, package.first_states, strict=True):
         srs = _named_srs(circuit, srs_path, cache)
-        lowered = _lowered(
-            circuit, graph, Segment(steps, circuit is package.head, package.hides_states, package.greedy)
-        )
+        lowered = _lowered(circuit, graph, form)
         reason = _key_fault(circuit, lowered, sample_witness(graph, lowered, steps), srs)
-        if circuit is package.segment and not reason:
-            wanted = (
-                first_commitment(lowered, circuit, srs.path)
-                if package.hides_states
-                else tuple(first_state(lowered).tolist())
-            )
-            reason = "" if wanted == package.first_state else "the first state is not that of this model"
-    return reason
+        if reason:
+            return reason
+        own = first_commitment(lowered, circuit, srs.path) if package.hides_states else ()
+        if first != (own or tuple(first_state(lowered).tolist())):
+            return "the first state is not that of this model"
+    if package.head is None:
+        return ""
+    srs = _named_srs(package.head, srs_path, cache)
+    lowered = _lowered(package.head, graph, replace(forms[-1], head=True))
+    return _key_fault(package.head, lowered, sample_witness(graph, lowered, steps), srs)
 
 
 def _lowered(package: Package, graph: Graph, segment: Segment | None = None) -> LoweredCircuit:

@@ -1,9 +1,9 @@
 """Checking a chain of segment proofs against a trusted package, as one statement about one sequence.
 
 Fails closed, like ``zk.verify``. Every segment is checked with instances that are rebuilt here: its place in
-the chain, the state before it (the package's for the first, that of the segment before for the others), and
-the state after it. A segment that was dropped, doubled, moved, taken from another chain or made from another
-state was proved with other instances, and does not verify.
+the chain, the state before it (the package's for the first, that of the segment before for the others), the
+state after it, and what crosses between its stages. A segment that was dropped, doubled, moved, taken from
+another chain or made from another state was proved with other instances, and does not verify.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from circuits.circuit import CHAIN, GENERATED, STATE_IN, STATE_OUT, TOKENS
-from zk.chain_package import ChainPackage, State, read_chain_package
-from zk.chain_proof import ChainProof, SegmentProof, decode_chain_proof
+from circuits.circuit import ACTIVATIONS_IN, ACTIVATIONS_OUT, CHAIN, GENERATED, STATE_IN, STATE_OUT, TOKENS
+from zk.chain_package import LINKS, ChainPackage, State, read_chain_package
+from zk.chain_proof import ChainProof, StageProof, decode_chain_proof
 from zk.challenge import POINT_BYTES
 from zk.package import MAX_REASON, Package
 from zk.proof import InvalidProof
@@ -56,10 +56,10 @@ def check_chain(
     only: range | None = None,
 ) -> Verdict:
     """:func:`verify_chain` on content already in memory."""
-    require_version(package.segment)
+    require_version(package.last)
     started = time.perf_counter()
     public: dict[str, list[int]] = {}
-    statement = dict(package.segment.statement)
+    statement = dict(package.last.statement)
     reason = ""
     try:
         proof = decode_chain_proof(raw_proof)
@@ -86,11 +86,11 @@ def check_chain(
         valid=not reason,
         reason=reason,
         model_id=package.model_id,
-        circuit_id=package.segment.circuit_id,
+        circuit_id=package.last.circuit_id,
         public=public,
         commitments={},
         statement=statement,
-        srs_kind=package.segment.srs_kind,
+        srs_kind=package.last.srs_kind,
         package_sha256=package_sha256,
         verify_seconds=time.perf_counter() - started,
     )
@@ -100,6 +100,8 @@ def _check_form(proof: ChainProof, package: ChainPackage, digest: str, expected:
     check_model(proof.model_id, package.model_id, expected)
     check_package(proof.verifier_package, digest)
     count, length = len(proof.segments), package.segment_steps
+    if any(len(segment) != len(package.stages) for segment in proof.segments):
+        raise InvalidProof(f"a segment does not have {len(package.stages)} stages")
     if not (count - 1) * length < proof.steps <= count * length:
         raise InvalidProof(f"{count} segments of {length} steps are not a sequence of {proof.steps}")
     # The first token has no step before it.
@@ -115,35 +117,40 @@ def _check_form(proof: ChainProof, package: ChainPackage, digest: str, expected:
 
 
 def _check_place(proof: ChainProof, i: int, package: ChainPackage) -> None:
+    """Check all stages of the segment at this position."""
     last = i == len(proof.segments) - 1
-    circuit = package.head if last and package.head is not None else package.segment
-    before = package.first_state if i == 0 else state_after(proof.segments[i - 1], package.segment)
-    steps = proof.steps - i * package.segment_steps if last else 0
+    place = proof.chain, i, proof.steps - i * package.segment_steps if last else 0
     flags = greedy_flags(proof.prompt, proof.steps, i, package.segment_steps)
-    try:
-        check_one(proof.segments[i], (proof.chain, i, steps), before, circuit, flags)
-    except InvalidProof as error:
-        raise InvalidProof(f"segment {i}: {error}") from error
+    received: State = ()
+    for d, (stage, circuit) in enumerate(zip(proof.segments[i], package.stages, strict=True)):
+        ends = last and d == len(package.stages) - 1
+        own = package.head if ends and package.head is not None else circuit
+        before = package.first_states[d] if i == 0 else state_after(proof.segments[i - 1][d], circuit)
+        try:
+            check_stage(stage, place, before, received, own, flags)
+        except InvalidProof as error:
+            where = f"segment {i}" + (f", stage {d}" if len(package.stages) > 1 else "")
+            raise InvalidProof(f"{where}: {error}") from error
+        received = handed_on(stage, own)
 
 
-def state_after(segment: SegmentProof, circuit: Package) -> State:
-    """The state that a segment hands on: shown beside it, or the commitment in its proof."""
-    point = _point(segment, circuit, STATE_OUT)
-    return segment.state if point is None else point
+def state_after(stage: StageProof, circuit: Package) -> State:
+    """The state that a stage leaves to the next segment: shown beside it, or the commitment in its proof."""
+    return point_of(stage, circuit, STATE_OUT) or stage.state
 
 
-def state_before(segment: SegmentProof, circuit: Package, shown: tuple[int, ...]) -> State:
-    """The state that a segment starts from: ``shown`` if states are, or the commitment in its proof."""
-    point = _point(segment, circuit, STATE_IN)
-    return shown if point is None else point
+def handed_on(stage: StageProof, circuit: Package) -> State:
+    """The activations that a stage hands to the next one, likewise."""
+    return point_of(stage, circuit, ACTIVATIONS_OUT) or stage.activations
 
 
-def _point(segment: SegmentProof, circuit: Package, name: str) -> str | None:
+def point_of(stage: StageProof, circuit: Package, link: str) -> str:
+    """The commitment to one of the links at the beginning of a proof; empty if it is not committed to."""
     names = [committed for committed, _ in circuit.committed]
-    if name not in names:
-        return None
-    first = names.index(name) * POINT_BYTES
-    return segment.proof[first : first + POINT_BYTES].hex()
+    if link not in names:
+        return ""
+    first = names.index(link) * POINT_BYTES
+    return stage.proof[first : first + POINT_BYTES].hex()
 
 
 def greedy_flags(prompt: int, steps: int, position: int, segment_steps: int) -> list[int]:
@@ -153,19 +160,21 @@ def greedy_flags(prompt: int, steps: int, position: int, segment_steps: int) -> 
     return [int(0 < prompt <= place < steps) for place in places]
 
 
-def check_one(
-    segment: SegmentProof,
+def check_stage(
+    stage: StageProof,
     place: tuple[int, int, int],
     before: State,
+    received: State,
     circuit: Package,
     flags: list[int],
 ) -> None:
-    """Check one segment at its place.
+    """Check one stage of a segment at its place.
 
     Args:
-        segment: with the state after it, if that is shown.
+        stage: with what leaves it, if that is shown.
         place: the number of the chain, the position, and of the last segment its steps, else 0.
         before: the state before it.
+        received: the activations of the stage before; empty for the first.
         circuit: package of its circuit.
         flags: which of its steps are greedy, where generation is proved.
 
@@ -173,33 +182,40 @@ def check_one(
         InvalidProof: if it does not verify.
     """
     shown = {tensor.name for tensor in circuit.public}
+    committed = {name for name, _ in circuit.committed}
     linked = {CHAIN: list(place)}
     if GENERATED in shown:
         linked[GENERATED] = flags
-    if isinstance(before, str):
-        if _point(segment, circuit, STATE_IN) != before:
-            raise InvalidProof("it does not commit to the state that the segment before it hands on")
-    else:
-        linked[STATE_IN] = list(before)
-    if STATE_OUT in shown:
-        linked[STATE_OUT] = list(segment.state)
-    elif segment.state:
-        raise InvalidProof("it shows a state that its circuit does not")
-    known = sorted(segment.public.keys() & {CHAIN, STATE_IN, STATE_OUT, GENERATED})
+    for name, value, source in (
+        (STATE_IN, before, "state that the segment before it"),
+        (ACTIVATIONS_IN, received, "activations that the stage before it"),
+    ):
+        if name in shown:
+            linked[name] = list(value) if isinstance(value, tuple) else []
+        elif name in committed and point_of(stage, circuit, name) != value:
+            raise InvalidProof(f"it does not commit to the {source} hands on")
+    for name, own in ((STATE_OUT, stage.state), (ACTIVATIONS_OUT, stage.activations)):
+        if name in shown:
+            linked[name] = list(own)
+        elif own:
+            raise InvalidProof(f"it shows {name}, which its circuit does not")
+    known = sorted(stage.public.keys() & {CHAIN, GENERATED, *LINKS})
     if known:
         raise InvalidProof(f"it states its own {known[0]}")
-    check_segment(segment.proof, segment.public | linked, circuit)
+    check_segment(stage.proof, stage.public | linked, circuit)
 
 
 def _public_values(proof: ChainProof, package: ChainPackage) -> dict[str, list[int]]:
     """The logits, of every step or of the last segment, and the input if it is public, without padding."""
     steps_of_last = proof.steps - (len(proof.segments) - 1) * package.segment_steps
+    # No two stages show the same: the first has the input, the last all else.
+    shown = [{k: v for stage in segment for k, v in stage.public.items()} for segment in proof.segments]
     result: dict[str, list[int]] = {}
-    for name in sorted({name for segment in proof.segments for name in segment.public}):
-        if name == "logits" and not package.segment.statement.get("logits_of_every_step"):
-            result[name] = list(proof.segments[-1].public[name])
+    for name in sorted({name for segment in shown for name in segment}):
+        if name == "logits" and not package.last.statement.get("logits_of_every_step"):
+            result[name] = list(shown[-1][name])
             continue
-        values = [segment.public[name] for segment in proof.segments]
+        values = [segment[name] for segment in shown]
         if name == TOKENS:
             result[name] = [v for part in values for v in part][proof.prompt : proof.steps]
             continue

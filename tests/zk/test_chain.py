@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 from circuits.cells import Values
-from circuits.circuit import Circuit, Witness
+from circuits.circuit import STATE_IN, STATE_OUT, Circuit, Witness
 from circuits.lowering import MARGIN_ROWS, build_circuit, lower
-from circuits.segment import PLACE, Segment, initial_state, leaving, named_state, reduction, step_unit
+from circuits.segment import PLACE, Segment, by_name, initial_state, leaving, reduction, step_unit
 from mamba_int.errors import MambaintError
 from mamba_int.graph import Graph, IntArray
 from mamba_int.interpreter import evaluate
@@ -25,22 +25,23 @@ from tests.circuits.conftest import GRAPHS
 from tests.circuits_runtime.models import random_graph
 from zk import prove_chain as proving
 from zk.chain_package import ChainPackage, decode_chain_package
-from zk.chain_proof import ChainProof, SegmentProof, decode_chain_proof
+from zk.chain_proof import ChainProof, StageProof, decode_chain_proof
 from zk.keys import Keys
 from zk.prove import mock, prove_witness
 from zk.prove_chain import (
     ChainSecret,
     ProvableChain,
-    SegmentCircuit,
+    StageCircuit,
+    first_state,
+    leaves,
     prepare_chain,
     prove_chain,
     segment_witness,
-    state_after_witness,
 )
 from zk.rederive import OTHER_KEY, chain_fault
 from zk.segment_steps import BYTES_PER_ROW, pick_steps
 from zk.verify import Verdict
-from zk.verify_chain import check_chain, check_one, state_before
+from zk.verify_chain import check_chain, check_stage, point_of
 
 TEXT: dict[str, Any] = {
     "task": "language_model",
@@ -112,22 +113,40 @@ def chains(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return Chains(chain, package, digest, first, second, tokens(0))
 
 
-def with_segments(proof: ChainProof, *segments: SegmentProof, steps: int = 0) -> ChainProof:
+Stages = tuple[StageProof, ...]
+
+
+def with_segments(proof: ChainProof, *segments: Stages, steps: int = 0) -> ChainProof:
     return replace(proof, segments=segments, steps=steps or proof.steps)
 
 
-def moved_state(segment: SegmentProof) -> SegmentProof:
+def altered(segment: Stages, **changes: Any) -> Stages:
+    """With other content of its last stage."""
+    return (*segment[:-1], replace(segment[-1], **changes))
+
+
+def moved_state(segment: Stages) -> Stages:
     """Another state after it: of a hidden one another commitment, the second point of the proof."""
-    if segment.state:
-        return replace(segment, state=(segment.state[0] + 1, *segment.state[1:]))
-    proof = bytearray(segment.proof)
+    state, proof = segment[-1].state, bytearray(segment[-1].proof)
+    if state:
+        return altered(segment, state=(state[0] + 1, *state[1:]))
     proof[64:128] = proof[:64]
-    return replace(segment, proof=bytes(proof))
+    return altered(segment, proof=bytes(proof))
 
 
-def other_state(segment: SegmentProof) -> SegmentProof:
+def other_state(segment: Stages) -> Stages:
     """Without the state that is shown, or with one where none is."""
-    return replace(segment, state=() if segment.state else (1, 2))
+    return altered(segment, state=() if segment[-1].state else (1, 2))
+
+
+def other_logits(segment: Stages) -> Stages:
+    first, *rest = segment[-1].public["logits"]
+    return altered(segment, public={"logits": [first + 1, *rest]})
+
+
+def also_public(segment: Stages, name: str, values: list[int]) -> Stages:
+    """With one more public tensor."""
+    return altered(segment, public=segment[-1].public | {name: values})
 
 
 def test_honest_chain_is_one_statement_about_the_whole_sequence(chains: Chains) -> None:
@@ -153,30 +172,26 @@ ATTACKS: dict[str, Callable[[ChainProof, ChainProof], ChainProof]] = {
     "number of another chain": lambda a, b: replace(a, chain=b.chain),
     "state tampered": lambda a, b: with_segments(a, moved_state(a.segments[0]), *a.segments[1:]),
     "last state tampered": lambda a, b: with_segments(a, *a.segments[:2], moved_state(a.segments[2])),
-    "logits tampered": lambda a, b: with_segments(
-        a,
-        replace(
-            a.segments[0],
-            public={"logits": [a.segments[0].public["logits"][0] + 1, *a.segments[0].public["logits"][1:]]},
-        ),
-        *a.segments[1:],
-    ),
+    "logits tampered": lambda a, b: with_segments(a, other_logits(a.segments[0]), *a.segments[1:]),
     "padding shown as steps": lambda a, b: replace(a, steps=12),
     "steps hidden as padding": lambda a, b: replace(a, steps=10),
     "fewer steps than segments": lambda a, b: replace(a, steps=8),
     "more steps than segments": lambda a, b: replace(a, steps=13),
     "proof of another length": lambda a, b: with_segments(
-        a, replace(a.segments[0], proof=a.segments[0].proof + b"\0"), *a.segments[1:]
+        a, altered(a.segments[0], proof=a.segments[0][-1].proof + b"\0"), *a.segments[1:]
     ),
     "state left out or added": lambda a, b: with_segments(a, other_state(a.segments[0]), *a.segments[1:]),
+    "activations added": lambda a, b: with_segments(
+        a, altered(a.segments[0], activations=(1, 2)), *a.segments[1:]
+    ),
     "state beside the links": lambda a, b: with_segments(
-        a,
-        replace(a.segments[0], public=a.segments[0].public | {"state_in": list(a.segments[0].state)}),
-        *a.segments[1:],
+        a, also_public(a.segments[0], STATE_IN, list(a.segments[0][-1].state)), *a.segments[1:]
     ),
     "place beside the links": lambda a, b: with_segments(
-        a, replace(a.segments[0], public=a.segments[0].public | {"chain": [a.chain, 0, 0]}), *a.segments[1:]
+        a, also_public(a.segments[0], "chain", [a.chain, 0, 0]), *a.segments[1:]
     ),
+    "stage left out": lambda a, b: with_segments(a, a.segments[0][:-1], *a.segments[1:]),
+    "stage doubled": lambda a, b: with_segments(a, a.segments[0] + a.segments[0][-1:], *a.segments[1:]),
     "another model": lambda a, b: replace(a, model_id="0" * 64),
     "another package": lambda a, b: replace(a, verifier_package="0" * 64),
 }
@@ -190,21 +205,21 @@ def test_segments_that_are_not_the_chain_are_refused(chains: Chains, name: str) 
     assert not verdict.valid and verdict.reason and verdict.public == {}
 
 
-def prove_one(circuit: SegmentCircuit, witness: Witness) -> SegmentProof:
+def prove_one(circuit: StageCircuit, witness: Witness) -> StageProof:
     answer = prove_witness(circuit.lowered.circuit, witness, circuit.keys, None)
-    return proving._segment_proof(witness, bytes.fromhex(answer["proof"]))
+    return proving._stage_proof(witness, bytes.fromhex(answer["proof"]))
 
 
 def test_chain_that_starts_from_another_state_verifies_alone_and_not_as_a_chain(chains: Chains) -> None:
-    circuit = chains.chain.segment
-    begun = chains.chain.first_state.copy()
+    (circuit,) = chains.chain.stages
+    begun = first_state(circuit.lowered)
     begun[0] += 1
-    witness = segment_witness(circuit.lowered, chains.inputs[:4], begun, (5, 0, 4))
+    witness = segment_witness(circuit.lowered, chains.inputs[:4], begun, begun[:0], (5, 0, 4))
     segment = prove_one(circuit, witness)
-    before = state_before(segment, chains.package.segment, tuple(begun.tolist()))
-    assert before != chains.package.first_state
-    check_one(segment, (5, 0, 4), before, chains.package.segment, [0] * 4)
-    proof = ChainProof(chains.package.model_id, chains.digest, 5, 4, 0, (segment,))
+    before = point_of(segment, circuit.package, STATE_IN) or tuple(begun.tolist())
+    assert before != chains.package.first_states[0]
+    check_stage(segment, (5, 0, 4), before, (), circuit.package, [0] * 4)
+    proof = ChainProof(chains.package.model_id, chains.digest, 5, 4, 0, ((segment,),))
     verdict = chains.verdict(proof)
     assert not verdict.valid and "segment 0" in verdict.reason
 
@@ -270,8 +285,10 @@ def test_input_begun_in_the_folder_of_another_shares_no_segment_and_no_salt(
     assert (first.proved, second.proved) == (3, 3)
     assert chains.verdict(decode_chain_proof(second.file)).valid
     secret = ChainSecret(b"s" * 32)
-    assert secret.salts(1, np.array([1, 2])) != secret.salts(1, np.array([1, 3]))
-    assert secret.salts(1, np.array([1, 2])) == secret.salts(1, np.array([1, 2]))
+    one, other = np.array([1, 2]), np.array([1, 3])
+    assert secret.salts(STATE_IN, 1, 0, one) != secret.salts(STATE_IN, 1, 0, other)
+    assert secret.salts(STATE_IN, 1, 0, one) != secret.salts(STATE_IN, 1, 1, one)
+    assert secret.salts(STATE_IN, 1, 0, one) == secret.salts(STATE_IN, 1, 0, one)
 
 
 def test_stream_is_proved_while_it_lasts_and_closed_at_any_time(
@@ -321,16 +338,16 @@ def test_package_is_that_of_the_model_down_to_the_first_state(
     monkeypatch.setenv("MAMBAINT_CACHE", str(cache))
     package, graph = chains.package, chains.chain.graph
     assert chain_fault(package, graph) == ""
-    first = package.first_state
+    (first,) = package.first_states
     other = first[:-1] + ("0" if first[-1] != "0" else "1") if isinstance(first, str) else (1, *first[1:])
-    assert "first state" in chain_fault(replace(package, first_state=other), graph)
+    assert "first state" in chain_fault(replace(package, first_states=(other,)), graph)
     sibling, _ = random_graph(1, **TEXT)
-    forged = replace(package.segment, model_id=sibling.model_id)
-    assert chain_fault(replace(package, segment=forged), sibling) == OTHER_KEY
+    forged = replace(package.last, model_id=sibling.model_id)
+    assert chain_fault(replace(package, stages=(forged,)), sibling) == OTHER_KEY
 
 
 def test_no_more_workers_than_the_memory_holds(chains: Chains, monkeypatch: pytest.MonkeyPatch) -> None:
-    needed = chains.chain.segment.keys.peak_bytes
+    needed = chains.chain.stages[0].keys.peak_bytes
     for free, workers in ((3 * needed, 3), (3 * needed - 1, 2), (1, 1), (None, 8)):
         monkeypatch.setattr(proving, "available_memory", lambda free=free: free)
         assert proving.fitting(8, chains.chain) == workers
@@ -374,7 +391,7 @@ def test_every_part_of_a_hidden_state_is_the_one_computed(cache: Path) -> None:
     lowered = build_circuit(graph, segment=Segment(4, hidden=True))
     carried = lowered.carried
     assert carried is not None
-    first = named_state(carried.shapes, initial_state(carried.shapes, carried.first))
+    first = by_name(carried.shapes, initial_state(carried.shapes, carried.first))
     given = first | {PLACE: np.array([1, 0, 4])}
 
     def moved(values: Values) -> Values:
@@ -397,9 +414,10 @@ def traced_states(graph: Graph, inputs: IntArray, form: Segment, challenged: boo
         lowered = body
         if reduction(graph) is not None and i == count - 1:
             lowered = build_circuit(graph, challenged=challenged, segment=replace(form, head=True))
-        witness = segment_witness(lowered, inputs[i * steps : (i + 1) * steps], state, (0, i, 0))
+        own = inputs[i * steps : (i + 1) * steps]
+        witness = segment_witness(lowered, own, state, state[:0], (0, i, 0))
         found.append(witness)
-        state = state_after_witness(lowered, witness)
+        state = leaves(lowered, witness, STATE_OUT)
     return found
 
 
@@ -453,19 +471,21 @@ def test_model_of_one_chunk_is_refused() -> None:
         build_circuit(graph, segment=Segment(8))
 
 
-@pytest.mark.parametrize("change", ["version", "first_state", "steps", "member", "byte"])
+@pytest.mark.parametrize("change", ["version", "first_states", "starts", "steps", "member", "byte"])
 def test_altered_package_is_not_used(chains: Chains, change: str) -> None:
     raw = chains.chain.package
     assert decode_chain_package(raw, "test").encode() == raw
     package = chains.package
     if change == "version":
         raw = raw.replace(b'"version":1', b'"version":2')
-    elif change == "first_state":
-        raw = replace(package, first_state=package.first_state[2:]).encode()
+    elif change == "first_states":
+        raw = replace(package, first_states=(package.first_states[0][2:],)).encode()
+    elif change == "starts":
+        raw = replace(package, stage_starts=(1,)).encode()
     elif change == "steps":
         raw = replace(package, total_steps=8).encode()
     elif change == "member":
-        raw = replace(package, head=package.segment).encode()
+        raw = replace(package, head=package.last).encode()
     else:
         raw = raw[:200] + bytes([raw[200] ^ 1]) + raw[201:]
     with pytest.raises(MambaintError, match="cannot be used"):

@@ -53,6 +53,9 @@ ACTIVATIONS_IN, ACTIVATIONS_OUT = "activations_in", "activations_out"
 """Names of what crosses from stage to stage of a segment, likewise."""
 GENERATED, TOKENS = "generated", "tokens"
 """Of a segment that shows what a language model generated: which steps, and their tokens (0 elsewhere)."""
+SCORED, LAST, SCORE = "scored", "last", "score"
+"""Of a segment whose tokens are scored: which of those after its steps count, whether it is the last one, and
+then the score of the text, else 0."""
 SALTS = 8
 """Random field elements behind the values of a committed input.
 

@@ -21,7 +21,10 @@ from circuits.circuit import (
     COMMITTED_INPUT,
     GENERATED,
     LARGEST_LOGROWS,
+    LAST,
     SALTS,
+    SCORE,
+    SCORED,
     SMALLEST_LOGROWS,
     STATE_IN,
     STATE_OUT,
@@ -33,10 +36,11 @@ from circuits.circuit import (
 )
 from circuits.constraint_onnx import write_onnx
 from circuits.gadgets.argmax import argmax
-from circuits.gadgets.choice import compare, pointer, select, table
+from circuits.gadgets.choice import compare, pointed, pointer, select, table
 from circuits.gadgets.conv import conv
 from circuits.gadgets.division import div, isqrt
 from circuits.gadgets.linear import linear
+from circuits.gadgets.log_score import log_score
 from circuits.gadgets.norm import norm
 from circuits.gadgets.rotate import rotate
 from circuits.gadgets.scan import scan
@@ -52,12 +56,16 @@ from circuits.gadgets.values import (
 )
 from circuits.polynomials import SQUARE, PolynomialCells
 from circuits.segment import (
+    ENDS,
     FLAGS,
+    FOLLOWING,
+    LARGEST_TOTAL,
     NEXT_TOKEN,
     PLACE,
+    TOTAL,
     Carried,
     Segment,
-    check_greedy,
+    check_language_model,
     check_steps,
     crossing,
     leaving,
@@ -66,6 +74,7 @@ from circuits.segment import (
 )
 from mamba_int.errors import MambaintError
 from mamba_int.graph import Graph, Node, TensorType
+from mamba_int.log_score import LogScore
 from mamba_int.operations.choice import Table
 
 MARGIN_ROWS = 12
@@ -77,7 +86,7 @@ CLAIM_WIDTH = 64
 COLUMN_MARGIN = 64
 """Rows of a column that a committed input cannot fill."""
 MISMATCH = "mismatch"
-"""Output of greedy steps: where a token is not the one expected."""
+"""Output of segments that read tokens: where one is not the one expected."""
 FORCED = {MISMATCH: 0, "claims": 0, "anchor": 0, "zeros": 0, "squares": SQUARE}
 """Outputs that have one value in every valid proof."""
 
@@ -110,7 +119,7 @@ class _Lowering:
         self._nodes: tuple[Node, ...] = graph.nodes
         if segment is not None and segment.nodes is not None and self.carried is not None:
             self._nodes = graph.nodes[segment.nodes.start : segment.nodes.stop]
-            for name in crossing(graph, segment.nodes.start, segment.greedy):
+            for name in crossing(graph, segment.nodes.start, segment.reads_tokens):
                 entered = self.carried.enter_activation(name, self.types[name])
                 self.made[name] = Computed(cells, name, self.types[name], _always(entered))
 
@@ -148,10 +157,10 @@ def _given(get: Any) -> Values:
 
 def _embedding(low: _Lowering, node: Node, tensor: TensorType) -> Value:
     """A one-hot row that points at the token; then the table as a matrix."""
-    b, rows = low.cells, np.asarray(node.constants["table"])
     (source,) = low.operands(node)
+    rows = np.asarray(node.constants["table"])[source.type.low : source.type.high + 1]
     chosen = TensorType((*source.type.shape, len(rows)), 0, 1)
-    hot = Computed(b, f"{node.name}.row", chosen, lambda: pointer(b, node.name, source.cells(), 0, len(rows)))
+    hot = Computed(low.cells, f"{node.name}.row", chosen, lambda: pointed(source, node.name))
     return linear(hot, node.name, tensor, rows.T, None)
 
 
@@ -513,12 +522,14 @@ def _segment_outputs(lowering: _Lowering, segment: Segment, public_input: bool) 
         logits = value.cells() if last == graph.output else None
     else:
         assert segment.nodes is not None
-        for name in crossing(graph, segment.nodes.stop, segment.greedy):
+        for name in crossing(graph, segment.nodes.stop, segment.reads_tokens):
             carried.leave_activation(name, lowering.value(name).cells())
     if public_input and segment.first_stage():
         outputs["input"] = lowering.value(graph.input.name).cells().ravel()
     if segment.greedy and logits is not None:
         outputs |= _greedy(lowering, logits)
+    if segment.scored and logits is not None:
+        outputs |= _scored(lowering, logits)
     # Nothing reads these cells: that they are among the public values binds the proof to them.
     outputs[CHAIN] = lowering.cells.private(PLACE, (CHAIN_VALUES,), 0, 1 << CHAIN_BITS, _given)
     linked = _linked(carried, segment)
@@ -531,7 +542,7 @@ def _segment_outputs(lowering: _Lowering, segment: Segment, public_input: bool) 
             name: carried.left(parts) if name in _HANDED_ON else carried.entered(parts)
             for name, parts in linked.items()
         }
-    if logits is not None and not segment.greedy:
+    if logits is not None and not segment.reads_tokens:
         outputs["logits"] = logits.ravel()
     return outputs
 
@@ -551,6 +562,33 @@ def _greedy(lowering: _Lowering, logits: Ids) -> dict[str, Ids]:
         expected = np.concatenate([entered, following[:-1]])
         wrong = b.mul(b.sub(tokens, expected), flags)
         return {GENERATED: flags, TOKENS: b.mul(tokens, flags), MISMATCH: wrong}
+
+
+def _scored(lowering: _Lowering, logits: Ids) -> dict[str, Ids]:
+    """The score so far, shown where nothing of the text follows.
+
+    A step's logits are about the token after it. That of the last step is given, goes into the state, and has
+    to be the first of the next segment; before the first segment the state has -1, which is no token.
+    """
+    b, carried, graph = lowering.cells, lowering.carried, lowering.graph
+    assert carried is not None
+    source = lowering.value(graph.input.name)
+    with b.part(SCORE):
+        tokens, choices = source.cells(), logits.shape[1]
+        expected = carried.enter(NEXT_TOKEN, (1,), -1, choices - 1, first=-1)
+        begun = b.add(expected, b.constant([1]))
+        wrong = b.mul(begun, b.sub(tokens[:1], expected))
+        following = b.check(b.private(FOLLOWING, (1,), 0, choices - 1, _given))
+        carried.leave(NEXT_TOKEN, lambda: following)
+        next_ones = [pointed(source, "tokens")[1:], pointer(b, FOLLOWING, following, 0, choices)]
+        scores = log_score(b, SCORE, LogScore.of(graph), logits, np.concatenate(next_ones))
+
+        flags = b.private(FLAGS, tokens.shape, 0, 1, _given)
+        ends = b.private(ENDS, (1,), 0, 1, _given)
+        before = carried.enter(TOTAL, (1,), -LARGEST_TOTAL, LARGEST_TOTAL)
+        total = b.add(before, b.dot("at,at->a", scores[None], flags[None]))
+        carried.leave(TOTAL, lambda: total)
+        return {SCORED: flags, LAST: ends, SCORE: b.mul(total, ends), MISMATCH: wrong}
 
 
 def _claim_equal(b: Cells, first: Ids, second: Ids) -> None:
@@ -592,10 +630,10 @@ def build_circuit(
     """
     if segment is not None:
         check_steps(graph, segment)
-        if segment.greedy:
-            check_greedy(graph)
-        # What is committed to is compared at a random point.
-        challenged = True if segment.hidden else challenged
+        if segment.reads_tokens:
+            check_language_model(graph)
+        # What is committed to is compared at a random point, and so is what is looked up for a score.
+        challenged = True if segment.hidden or segment.scored else challenged
     reason = ""
     forms = [False, True] if challenged is None else [challenged]
     # A form that is too long for 2^k rows is not tried again before 2^k holds what it needed.

@@ -20,9 +20,15 @@ from mamba_int.graph import Graph, IntArray, Node, TensorType
 from mamba_int.operations import OPERATIONS
 
 FLAGS = "flags"
-"""Name of the private tensor that says which steps are greedy."""
+"""Name of the private tensor that says which steps are greedy, or after which a token counts."""
 NEXT_TOKEN = "token:next"
-"""The part of the state that says which token greedy decoding gives next."""
+"""The part of the state that says which token comes next: by greedy decoding, or in a text that is scored."""
+TOTAL = "score:total"
+"""The part of the state that is the score of the tokens so far."""
+LARGEST_TOTAL = 1 << 61
+"""Of a text's score."""
+FOLLOWING, ENDS = "following", "ends"
+"""Names of the private tensors with the token after the segment, and whether none of the text is."""
 PLACE = "place"
 """Name of the private tensor that holds a segment's place in its chain."""
 
@@ -43,6 +49,8 @@ class Segment:
             enters, and one for the state that leaves.
         greedy: instead of the logits, which steps are greedy: each has the token of the largest logit, the
             first of equal ones, of the step before. Which token comes next is a part of the state.
+        scored: instead of the logits, the log-score of the tokens that count, at the end of the last stretch:
+            see :mod:`mamba_int.log_score`. The sum so far and the next token are parts of the state.
         nodes: of the graph that it computes: its stage; None for all.
     """
 
@@ -50,7 +58,13 @@ class Segment:
     head: bool = False
     hidden: bool = False
     greedy: bool = False
+    scored: bool = False
     nodes: range | None = None
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether its last stage compares tokens with what the logits say of them."""
+        return self.greedy or self.scored
 
     def first_stage(self) -> bool:
         """Whether it reads the model input."""
@@ -95,14 +109,19 @@ def step_unit(graph: Graph) -> int:
     return math.lcm(*periods) if periods else 1
 
 
-def check_greedy(graph: Graph) -> None:
+def check_language_model(graph: Graph) -> None:
     """Refuse a model that does not give the logits of a next token at every step.
 
     Raises:
         MambaintError: saying so.
     """
     tokens, logits = graph.types[graph.input.name], graph.types[graph.output]
-    if len(tokens.shape) != 1 or len(logits.shape) != 2 or logits.shape[0] != graph.seq_len or tokens.low:
+    if (
+        len(tokens.shape) != 1
+        or len(logits.shape) != 2
+        or logits.shape[0] != graph.seq_len
+        or (tokens.low, tokens.high) != (0, logits.shape[1] - 1)
+    ):
         raise MambaintError("the model is no language model", "prove its logits instead")
 
 
@@ -139,12 +158,12 @@ def types_of(graph: Graph, segment: Segment) -> dict[str, TensorType]:
     return {name: whole[name] if name in timeless else own[name] for name in own}
 
 
-def crossing(graph: Graph, start: int, greedy: bool) -> list[str]:
-    """Names of the tensors made before the node at ``start`` that it or later nodes read, in order; greedy
-    steps are checked at the end, and read the tokens."""
+def crossing(graph: Graph, start: int, reads_tokens: bool) -> list[str]:
+    """Names of the tensors made before the node at ``start`` that it or later nodes read, in order; tokens
+    that are compared with the logits are read at the end."""
     made = {node.name for node in graph.nodes[:start]}
     read = {name for node in graph.nodes[start:] for name in node.inputs}
-    if greedy:
+    if reads_tokens:
         read.add(graph.input.name)
     return [node.name for node in graph.nodes if node.name in made & read]
 

@@ -25,30 +25,30 @@ CELLS_OF_LINK = 4
 cells."""
 
 
-def cut_points(graph: Graph, greedy: bool = False) -> list[int]:
+def cut_points(graph: Graph, reads_tokens: bool = False) -> list[int]:
     """Nodes before which the model can be cut: nothing crosses there but one tensor with a time axis, and the
-    tokens that greedy steps are compared with."""
+    tokens, where they are compared with the logits."""
     ends = reduction(graph)
     names = [node.name for node in graph.nodes]
     last = len(names) - 1 if ends is None else names.index(ends.name)
-    crossed = {i: set(crossing(graph, i, greedy)) - {graph.input.name} for i in range(1, last + 1)}
+    crossed = {i: set(crossing(graph, i, reads_tokens)) - {graph.input.name} for i in range(1, last + 1)}
     return [i for i, tensors in crossed.items() if len(tensors) == 1]
 
 
-def cut_stages(graph: Graph, count: int, greedy: bool = False) -> tuple[range, ...]:
+def cut_stages(graph: Graph, count: int, reads_tokens: bool = False) -> tuple[range, ...]:
     """The nodes of every stage, cut so that the dearest is as cheap as can be.
 
     Args:
         graph: the model.
         count: of stages; 1 for the whole model in one.
-        greedy: as in :class:`circuits.segment.Segment`.
+        reads_tokens: as of :class:`circuits.segment.Segment`.
 
     Raises:
         MambaintError: if the model has fewer places to cut.
     """
     if count == 1:
         return (range(len(graph.nodes)),)
-    found = all_cuts(graph, greedy)
+    found = all_cuts(graph, reads_tokens)
     if count not in found:
         raise MambaintError(
             f"the model cannot be cut into {count} stages",
@@ -57,20 +57,21 @@ def cut_stages(graph: Graph, count: int, greedy: bool = False) -> tuple[range, .
     return found[count]
 
 
-def all_cuts(graph: Graph, greedy: bool = False) -> Mapping[int, tuple[range, ...]]:
+def all_cuts(graph: Graph, reads_tokens: bool = False) -> Mapping[int, tuple[range, ...]]:
     """The best cut into every possible number of stages; see :func:`cut_stages`.
 
     Every stage has a memory, so that its place in the chain is bound to the states beside it.
     """
     size, ends = len(graph.nodes), reduction(graph)
     remembers = [node.op in CARRYING or node is ends for node in graph.nodes]
-    # The next token of greedy decoding is remembered too.
-    remembers[-1] |= greedy
+    # The next token is remembered too.
+    remembers[-1] |= reads_tokens
     memories = np.cumsum([0, *remembers])
-    places = [0, *cut_points(graph, greedy), size]
+    places = [0, *cut_points(graph, reads_tokens), size]
     cells = _cells_before(graph)
     linked = {
-        i: sum(math.prod(graph.types[name].shape[1:]) for name in crossing(graph, i, greedy)) * CELLS_OF_LINK
+        i: sum(math.prod(graph.types[name].shape[1:]) for name in crossing(graph, i, reads_tokens))
+        * CELLS_OF_LINK
         for i in places[1:-1]
     } | {0: 0, size: 0}
 

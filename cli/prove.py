@@ -113,6 +113,13 @@ class SegmentSteps(click.ParamType[int]):
     "stays hidden; prove that all others are what greedy decoding gives, and show those instead of logits.",
 )
 @click.option(
+    "--score-after",
+    type=click.IntRange(1),
+    metavar="P",
+    help="With --segment-steps, of a language model: prove the total log-score (the logarithm of the "
+    "probability) of all tokens after the first P, and show that alone: neither text nor logits.",
+)
+@click.option(
     "--workers",
     type=click.IntRange(1),
     default=1,
@@ -138,6 +145,7 @@ def command(
     ram: float | None,
     public_states: bool,
     greedy_after: int | None,
+    score_after: int | None,
     workers: int,
     as_json: bool,
 ) -> None:
@@ -156,6 +164,7 @@ def command(
         --model other.mint --reuse-opening a/proof.opening.json
       mambaint prove --input long.json --segment-steps 64 --workers 2
       mambaint prove --input text.json --segment-steps 64 --greedy-after 20
+      mambaint prove --input text.json --segment-steps 64 --score-after 1
       sensor | mambaint prove --stream --segment-steps 64
     """
     from dataclasses import replace
@@ -173,10 +182,11 @@ def command(
     from zk.prove import prove
 
     if segment_steps is None and (
-        public_states or stages > 1 or workers > 1 or stream or ram or greedy_after
+        public_states or stages > 1 or workers > 1 or stream or ram or greedy_after or score_after
     ):
         raise MambaintError(
-            "--stages, --public-states, --workers, --stream, --ram and --greedy-after are for segments",
+            "--stages, --public-states, --workers, --stream, --ram, --greedy-after and --score-after are for "
+            "segments",
             "give --segment-steps as well",
         )
     if (input_path is None) != stream:
@@ -195,6 +205,7 @@ def command(
             public_input,
             public_states,
             greedy_after,
+            score_after,
             logrows,
             srs_path,
             srs_sha256,

@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 
 from cli.proving import DEVELOPMENT_NOTE, activity
+from cli.verdict import score_json, score_line
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class ChainOptions:
     public_input: bool
     public_states: bool
     greedy_after: int | None
+    score_after: int | None
     logrows: int | None
     srs_path: Path | None
     srs_sha256: str | None
@@ -33,11 +35,12 @@ def prove_in_segments(
     input_path: Path | None, model: Path, options: ChainOptions, out: Path, workers: int, as_json: bool
 ) -> None:
     """Prove, write the proof and verifier.zip, and print what was done; without a path of a stream."""
-    from circuits.segment import reduction
+    from circuits.segment import Segment, reduction
     from mamba_int.errors import MambaintError
     from mamba_int.files import write_bytes
     from mamba_int.graph import Graph
     from quantize.input_file import read_input, read_steps
+    from zk.chain_package import decode_chain_package
     from zk.prove_chain import prepare_chain, prove_chain
     from zk.segment_steps import pick_steps
 
@@ -45,20 +48,23 @@ def prove_in_segments(
     inputs = None if input_path is None else read_input(input_path, graph, reduction(graph) is None)
     # Beside the proof: a run that goes on finds what is done.
     folder = out.with_name(f"{out.stem}.segments")
-    steps, prompt = options.segment_steps, options.greedy_after or 0
+    steps, prompt = options.segment_steps, options.greedy_after or options.score_after or 0
+    greedy, scored = options.greedy_after is not None, options.score_after is not None
     with activity(as_json) as say:
         if not steps and inputs is None:
             raise MambaintError("a stream has no length to choose from", "give --segment-steps N")
         if not steps and inputs is not None:
             memory = None if options.ram is None else int(options.ram * 1e9)
-            steps = pick_steps(graph, len(inputs), not options.public_states, memory, say)
+            form = Segment(0, hidden=not options.public_states, greedy=greedy, scored=scored)
+            steps = pick_steps(graph, len(inputs), form, memory, say)
         chain = prepare_chain(
             graph,
             steps,
             stages=options.stages,
             public_input=options.public_input,
             public_states=options.public_states,
-            greedy=prompt > 0,
+            greedy=greedy,
+            scored=scored,
             logrows=options.logrows,
             srs_path=options.srs_path,
             srs_sha256=options.srs_sha256,
@@ -82,6 +88,10 @@ def prove_in_segments(
     write_bytes(out, proof.file)
     shutil.rmtree(folder, ignore_errors=True)
 
+    score = None
+    if scored:
+        frac = decode_chain_package(chain.package, "made here").score_frac
+        score = score_json(proof.public["score"][0], frac, prompt, proof.steps)
     keys = [circuit.keys for circuit in chain.circuits]
     circuit = max((part.lowered.circuit for part in chain.circuits), key=lambda part: part.rows)
     result = {
@@ -100,6 +110,7 @@ def prove_in_segments(
         "file_bytes": len(proof.file),
         "outputs": proof.public.get("logits", []),
         "generated": proof.public.get("tokens"),
+        "score": score,
         "input_is_public": options.public_input,
         "states_are_public": options.public_states,
         "srs": keys[0].srs.kind,
@@ -117,8 +128,10 @@ def prove_in_segments(
         f"{circuit.rows:,} rows of 2^{circuit.logrows}"
     )
     click.echo(f"states    {'public' if options.public_states else 'hidden behind commitments'}")
-    if prompt:
+    if greedy:
         click.echo(f"generated {proof.steps - prompt} tokens, greedily, from a prompt of {prompt}")
+    if score is not None:
+        click.echo(f"score     {score_line(score)}")
     click.echo(f"model     {graph.model_id}")
     click.echo(f"proof     {out} ({len(proof.file):,} bytes)")
     click.echo(f"verifier  {verifier}")

@@ -41,6 +41,11 @@ if TYPE_CHECKING:
     help="With --segment-steps: for proofs of what a language model generated (prove --greedy-after).",
 )
 @click.option(
+    "--score",
+    is_flag=True,
+    help="With --segment-steps: for proofs of the log-score of a text (prove --score-after).",
+)
+@click.option(
     "--out",
     type=click.Path(path_type=Path),
     default=Path("verifier.zip"),
@@ -60,6 +65,7 @@ def command(
     stages: int,
     public_states: bool,
     greedy: bool,
+    score: bool,
     out: Path,
     as_json: bool,
 ) -> None:
@@ -80,9 +86,10 @@ def command(
     from zk.provable import prepare
 
     graph = Graph.load(resolve_model(model))
-    if segment_steps is None and (public_states or greedy or stages > 1):
+    if segment_steps is None and (public_states or greedy or score or stages > 1):
         raise MambaintError(
-            "--stages, --public-states and --greedy are for segments", "give --segment-steps as well"
+            "--stages, --public-states, --greedy and --score are for segments",
+            "give --segment-steps as well",
         )
     with activity(as_json) as say:
         if segment_steps is None:
@@ -103,6 +110,7 @@ def command(
                 public_input=public_input,
                 public_states=public_states,
                 greedy=greedy,
+                scored=score,
                 logrows=logrows,
                 srs_path=srs_path,
                 srs_sha256=srs_sha256,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cli.verdict import DEVELOPMENT_LINE, verdict_json
+from cli.verdict import DEVELOPMENT_LINE, score_line, shown_score, verdict_json
 
 if TYPE_CHECKING:
     from zk.verify import Verdict
@@ -48,11 +48,13 @@ def _lines(verdict: Verdict, verifier: Path) -> list[str]:
         if "segments" in verdict.statement:
             steps, count = verdict.statement["seq_len"], verdict.statement["segments"]
             lines.append(f"  {'sequence':<12} {steps} steps in {count} linked segments")
-        if "prompt_steps" in verdict.statement:
+        if "tokens" in verdict.public:
             prompt = verdict.statement["prompt_steps"]
             lines.append(f"  {'generated':<12} greedily, all tokens after a prompt of {prompt}")
+        score = shown_score(verdict)
         for name, values in verdict.public.items():
-            lines.append(f"  {name:<12} {_shown(values)}")
+            shown = _shown(values) if name != "score" or score is None else score_line(score)
+            lines.append(f"  {name:<12} {shown}")
         predicted = _predicted(verdict)
         if predicted is not None:
             lines.append(f"  {'predicted':<12} {json.dumps(predicted)}")

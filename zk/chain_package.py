@@ -21,11 +21,13 @@ from circuits.circuit import (
     CHAIN,
     CHAIN_VALUES,
     GENERATED,
+    SCORED,
     STATE_IN,
     STATE_OUT,
 )
 from mamba_int.errors import MambaintError
 from mamba_int.files import canonical_json, parse_json
+from mamba_int.log_score import MOST_BITS
 from zk.challenge import POINT_BYTES
 from zk.field import HALF
 from zk.package import MAX_PACKAGE_BYTES, Package, decode_package, encode_stored_zip, read_package_bytes
@@ -56,6 +58,8 @@ class ChainPackage:
         total_steps: steps of every sequence, where the model has a head; 0 for any number.
         first_states: of every stage the state before the first segment, flat; where states are hidden, the
             commitment to it.
+        score_frac: where proofs show the log-score of a text: its integer is in units of 2^-score_frac nats
+            (see :mod:`mamba_int.log_score`). Else 0.
     """
 
     stages: tuple[Package, ...]
@@ -64,6 +68,7 @@ class ChainPackage:
     segment_steps: int
     total_steps: int
     first_states: tuple[State, ...]
+    score_frac: int = 0
 
     @property
     def hides_states(self) -> bool:
@@ -74,6 +79,16 @@ class ChainPackage:
     def greedy(self) -> bool:
         """Whether proofs show what was generated instead of logits."""
         return any(tensor.name == GENERATED for tensor in self.last.public)
+
+    @property
+    def scored(self) -> bool:
+        """Whether proofs show the log-score of a text instead of logits."""
+        return any(tensor.name == SCORED for tensor in self.last.public)
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether proofs are about the tokens after a prompt."""
+        return self.greedy or self.scored
 
     @property
     def last(self) -> Package:
@@ -94,6 +109,7 @@ class ChainPackage:
             "total_steps": self.total_steps,
             "stage_starts": list(self.stage_starts),
             "first_states": [state if isinstance(state, str) else list(state) for state in self.first_states],
+            "score_frac": self.score_frac,
         }
         content = {CARD: canonical_json(card)}
         content |= {_member(d): stage.encode() for d, stage in enumerate(self.stages)}
@@ -149,7 +165,15 @@ def decode_chain_package(raw: bytes, source: str) -> ChainPackage:
         # zipfile does not say what it raises on hostile input; all of it is a no.
         raise _refuse(source, f"it is not a zip file ({error})") from error
     card = parse_json(content[CARD], CARD)
-    fields = {"format", "version", "segment_steps", "total_steps", "stage_starts", "first_states"}
+    fields = {
+        "format",
+        "version",
+        "segment_steps",
+        "total_steps",
+        "stage_starts",
+        "first_states",
+        "score_frac",
+    }
     if not isinstance(card, dict) or set(card) != fields:
         raise _refuse(source, f"{CARD} has wrong fields")
     if (card["format"], card["version"]) != (FORMAT, VERSION) or type(card["version"]) is not int:
@@ -173,6 +197,9 @@ def decode_chain_package(raw: bytes, source: str) -> ChainPackage:
         or not (all(map(is_point, firsts)) or all(map(_integers, firsts)))
     ):
         raise _refuse(source, "its first states are neither lists of integers nor commitments")
+    score_frac = card["score_frac"]
+    if type(score_frac) is not int or not 0 <= score_frac <= MOST_BITS:
+        raise _refuse(source, "the unit of its scores is wrong")
     package = ChainPackage(
         stages=tuple(decode_package(content[name], f"{source}/{name}") for name in stages),
         stage_starts=tuple(starts),
@@ -180,6 +207,7 @@ def decode_chain_package(raw: bytes, source: str) -> ChainPackage:
         segment_steps=steps,
         total_steps=total,
         first_states=tuple(state if isinstance(state, str) else tuple(state) for state in firsts),
+        score_frac=score_frac,
     )
     _check(package, source)
     if package.encode() != raw:
@@ -208,6 +236,8 @@ def _check(package: ChainPackage, source: str) -> None:
         if isinstance(first, tuple) and len(first) != state:
             raise _refuse(source, "its first state has another size than its circuit's")
         received = handed_on
+    if package.scored != (package.score_frac > 0):
+        raise _refuse(source, "it has scores without a unit, or the reverse")
     if (head is None) != (package.total_steps == 0):
         raise _refuse(source, "it has a head without a number of steps, or the reverse")
     # Commitments of circuits with other rows, or another SRS, could not be compared.

@@ -64,7 +64,8 @@ class ChainProof:
         verifier_package: SHA-256 (hex) of the verifier package it was made for.
         chain: the number of the chain, drawn at random: segments of two chains do not mix.
         steps: of the sequence; those of the last segment beyond it are padding.
-        prompt: where generation is proved: the steps that were given; all later ones are greedy. Else 0.
+        prompt: where generation or a score is proved: the steps that were given; all later tokens are greedy,
+            or count. Else 0.
         segments: in order, each its stages in order.
     """
 

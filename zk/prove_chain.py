@@ -12,7 +12,7 @@ import hmac
 import math
 import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,19 +26,34 @@ from circuits.circuit import (
     CHAIN_BITS,
     GENERATED,
     SALTS,
+    SCORE,
+    SCORED,
     STATE_IN,
     STATE_OUT,
     TOKENS,
     Witness,
 )
 from circuits.lowering import LoweredCircuit, build_circuit
-from circuits.segment import FLAGS, PLACE, Segment, by_name, initial_state, leaving, reduction
+from circuits.segment import (
+    ENDS,
+    FLAGS,
+    FOLLOWING,
+    LARGEST_TOTAL,
+    PLACE,
+    TOTAL,
+    Segment,
+    by_name,
+    initial_state,
+    leaving,
+    reduction,
+)
 from circuits.stages import cut_stages
 from mamba_int.decoding_state import DecodingState
 from mamba_int.errors import MambaintError
 from mamba_int.files import canonical_json, parse_json, read_bytes, read_json, write_bytes, write_json
 from mamba_int.graph import Graph, IntArray
 from mamba_int.interpreter import evaluate, evaluate_step
+from mamba_int.log_score import LogScore
 from zk import field
 from zk.chain_package import ChainPackage, decode_chain_package
 from zk.chain_proof import ChainProof, StageProof, decode_stage
@@ -51,7 +66,7 @@ from zk.proof import InvalidProof
 from zk.provable import statement
 from zk.prove import prove_witness
 from zk.srs import check_choice, chosen_srs
-from zk.verify_chain import check_chain, check_stage, greedy_flags, point_of
+from zk.verify_chain import check_chain, check_stage, point_of, token_flags
 
 FORMAT = "mambaint-chain-folder"
 VERSION = 1
@@ -98,7 +113,15 @@ class ProvableChain:
     @property
     def greedy(self) -> bool:
         """Whether proofs show what was generated instead of logits."""
-        return any(tensor.name == GENERATED for tensor in self.stages[-1].lowered.circuit.public)
+        return self._shows(GENERATED)
+
+    @property
+    def scored(self) -> bool:
+        """Whether proofs show the log-score of a text instead of logits."""
+        return self._shows(SCORED)
+
+    def _shows(self, name: str) -> bool:
+        return any(tensor.name == name for tensor in self.stages[-1].lowered.circuit.public)
 
 
 @dataclass(frozen=True)
@@ -133,6 +156,7 @@ def prepare_chain(
     public_input: bool = False,
     public_states: bool = False,
     greedy: bool = False,
+    scored: bool = False,
     logrows: int | None = None,
     srs_path: Path | None = None,
     srs_sha256: str | None = None,
@@ -148,6 +172,7 @@ def prepare_chain(
         public_states: show the states and activations between circuits, which say much of the input, instead
             of committing.
         greedy: prove which tokens a language model generated instead of its logits.
+        scored: prove the log-score of a text instead of logits; not both.
         logrows: make circuits of 2^logrows rows; None for the fewest that hold each.
         srs_path, srs_sha256: SRS of a ceremony and its hash; None for one made here.
         say: told what is being done.
@@ -156,6 +181,8 @@ def prepare_chain(
         MambaintError: for a length that cannot be, and any fault of lowering, the SRS and key generation.
     """
     check_choice(srs_path, srs_sha256)
+    if greedy and scored:
+        raise MambaintError("a chain proves what was generated or a score, not both", "make a proof of each")
     ended = reduction(graph) is not None
     if ended and (graph.seq_len % steps or graph.seq_len == steps):
         raise MambaintError(
@@ -166,6 +193,7 @@ def prepare_chain(
         "segment_steps": steps,
         "states_are_public": public_states,
         "greedy": greedy,
+        "scored": scored,
         "logits_of_every_step": graph.types[graph.output].shape[:1] == (graph.seq_len,) and not ended,
     }
 
@@ -183,8 +211,8 @@ def prepare_chain(
         keys = make_keys(lowered.circuit, sample_witness(graph, lowered, steps), srs)
         return StageCircuit(lowered, keys, keys.package(stated))
 
-    parts = cut_stages(graph, stages, greedy)
-    forms = [Segment(steps, False, not public_states, greedy, nodes) for nodes in parts]
+    parts = cut_stages(graph, stages, greedy or scored)
+    forms = [Segment(steps, False, not public_states, greedy, scored, nodes) for nodes in parts]
     if ended:
         forms.append(replace(forms[-1], head=True))
     lowered = [lowered_at(form, logrows) for form in forms]
@@ -209,6 +237,7 @@ def prepare_chain(
             else first_commitment(stage.lowered, stage.package, stage.keys.srs.path)
             for stage in body
         ),
+        score_frac=LogScore.of(graph).score_frac if scored else 0,
     )
     return ProvableChain(graph, steps, body, head, package.encode())
 
@@ -270,6 +299,7 @@ def segment_witness(
     received: IntArray,
     place: tuple[int, int, int],
     flags: list[int] | None = None,
+    following: int = 0,
 ) -> Witness:
     """The witness of one stage of a segment.
 
@@ -279,12 +309,14 @@ def segment_witness(
         state: before it, flat.
         received: the activations of the stage before, flat.
         place: the number of the chain, the position, and of the last segment its steps, else 0.
-        flags: which steps are greedy, where generation is proved; default: none.
+        flags: which tokens count, where generation or a score is proved; default: none.
+        following: the token after the segment, where a score is proved and there is one.
     """
     assert lowered.carried is not None
     given = by_name(lowered.carried.shapes, state) | {PLACE: np.array(place, dtype=object)}
     given |= by_name(lowered.carried.activations_in, received)
     given[FLAGS] = np.array(flags if flags is not None else [0] * len(inputs), np.int64)
+    given |= {FOLLOWING: np.array([following]), ENDS: np.array([int(place[2] > 0)])}
     return lowered.witness(inputs, given=given)
 
 
@@ -320,7 +352,7 @@ class Job:
     Attributes:
         place: the number of the chain, the position, and of the last segment its steps, else 0.
         stage: which one.
-        flags: which of its steps are greedy. circuit: its circuit. witness: the values.
+        flags: which of its tokens count. circuit: its circuit. witness: the values.
         name: of the file that holds its proof.
     """
 
@@ -332,8 +364,8 @@ class Job:
     name: str
 
 
-def cut(pieces: Iterable[IntArray], steps: int) -> Iterator[tuple[IntArray, bool]]:
-    """Inputs as they come, cut into segments: each but the last whole, and whether it is the last.
+def cut(pieces: Iterable[IntArray], steps: int) -> Iterator[tuple[IntArray, IntArray | None]]:
+    """Inputs as they come, cut into segments: each but the last whole, and the step after it, or None.
 
     Only after the last segment is known can it be yielded, so one segment is always held back.
 
@@ -348,12 +380,12 @@ def cut(pieces: Iterable[IntArray], steps: int) -> Iterator[tuple[IntArray, bool
             joined = np.concatenate(held)
             whole = (len(joined) - 1) // steps * steps
             for start in range(0, whole, steps):
-                yield joined[start : start + steps], False
+                yield joined[start : start + steps], joined[start + steps]
             held = [joined[whole:]]
     rest = np.concatenate(held) if held else np.zeros(0, np.int64)
     if not len(rest):
         raise MambaintError("the input has no steps", "give at least one")
-    yield rest, True
+    yield rest, None
 
 
 def jobs_of(
@@ -365,16 +397,17 @@ def jobs_of(
         chain: the circuits.
         pieces: of the input, as in :func:`cut`.
         secret: of the chain.
-        prompt: where generation is proved, the steps that were given.
+        prompt: where generation or a score is proved, the steps that were given.
 
     Raises:
         MambaintError: if the length does not fit, a token is not the greedy one, or the circuits compute
             other integers than the specification: an internal fault.
     """
     states, graph = [first_state(stage.lowered) for stage in chain.stages], chain.graph
-    check = _Check(graph, whole=chain.head is not None)
+    check = _Check(graph, chain.head is not None, LogScore.of(graph) if chain.scored else None)
     start = 0
-    for i, (inputs, last) in enumerate(cut(pieces, chain.steps)):
+    for i, (inputs, after_it) in enumerate(cut(pieces, chain.steps)):
+        last, following = after_it is None, int(after_it) if chain.scored and after_it is not None else 0
         place = secret.number, i, len(inputs) if last else 0
         if chain.head is not None and (i + 1 == graph.seq_len // chain.steps) != last:
             raise MambaintError(
@@ -384,20 +417,21 @@ def jobs_of(
             (chain.steps - len(inputs), *inputs.shape[1:]), graph.input.integer("low"), np.int64
         )
         padded = np.concatenate([inputs, padding])
-        flags = greedy_flags(prompt, start + len(inputs), i, chain.steps)
         start += len(inputs)
+        flags = token_flags(prompt, start + (not last), i, chain.steps, chain.scored)
         if last and prompt >= start:
             raise MambaintError(
-                f"a prompt of {prompt} tokens leaves nothing generated of {start}", "give a shorter prompt"
+                f"a prompt of {prompt} tokens leaves nothing after it of {start}", "give a shorter prompt"
             )
         received = np.zeros(0, np.int64)
         for d, circuit in enumerate(chain.stages):
             if last and d == len(chain.stages) - 1 and chain.head is not None:
                 circuit = chain.head
             state, lowered = states[d], circuit.lowered
-            witness = segment_witness(lowered, padded, state, received, place, flags)
-            content = [list(place), d, flags, *(a.tolist() for a in (padded, state, received))]
+            witness = segment_witness(lowered, padded, state, received, place, flags, following)
+            content = [list(place), d, flags, following, *(a.tolist() for a in (padded, state, received))]
             name = secret.tag("segment", *content).hex()[:32]
+            assert lowered.carried is not None
             after, handed_on = leaves(lowered, witness, STATE_OUT), leaves(lowered, witness, ACTIVATIONS_OUT)
             if chain.hidden:
                 salts = {
@@ -408,7 +442,7 @@ def jobs_of(
                 }
                 witness = replace(witness, salts=salts)
             if d == len(chain.stages) - 1:
-                check(padded, witness, flags)
+                check(padded, witness, flags, following, by_name(lowered.carried.shapes, after))
             yield Job(place, d, flags, circuit, witness, f"{name}.json")
             states[d], received = after, handed_on
 
@@ -418,22 +452,31 @@ class _Check:
 
     Args:
         graph: the model. whole: it cannot run step by step.
+        score: how tokens are scored, where a score is proved.
     """
 
-    def __init__(self, graph: Graph, whole: bool) -> None:
+    def __init__(self, graph: Graph, whole: bool, score: LogScore | None) -> None:
         self._graph = graph
+        self._score = score
         self._inputs: list[IntArray] = []
-        self._next, self._steps = -1, 0
+        self._next, self._steps, self._total = -1, 0, 0
         # What follows a last step is no part of the state.
         ends = next((node for node in graph.nodes if node.op == "reduce"), None)
         self._state = None if whole or ends is not None else DecodingState.of(graph, 1)
 
-    def __call__(self, inputs: IntArray, witness: Witness, flags: list[int]) -> None:
-        """On the witness of a last stage; ``inputs`` are the steps of its segment."""
+    def __call__(
+        self,
+        inputs: IntArray,
+        witness: Witness,
+        flags: list[int],
+        following: int,
+        after: Mapping[str, IntArray],
+    ) -> None:
+        """On the witness of a last stage, whose segment has the steps ``inputs``; it leaves ``after``."""
         if self._state is not None:
             steps = []
-            for step, greedy in zip(inputs, flags, strict=True):
-                if greedy and int(step) != self._next:
+            for step, flag in zip(inputs, flags, strict=True):
+                if flag and self._score is None and int(step) != self._next:
                     raise MambaintError(
                         f"token {int(step)} at step {self._steps} is not the greedy one, {self._next}",
                         "give what 'mambaint generate --greedy' gives, or a longer prompt",
@@ -446,7 +489,14 @@ class _Check:
             if "logits" not in witness.public:
                 return
             wanted = evaluate(self._graph, np.concatenate(self._inputs)[None])
-        if "logits" in witness.public and witness.public["logits"] != wanted.ravel().tolist():
+        same = "logits" not in witness.public or witness.public["logits"] == wanted.ravel().tolist()
+        if self._score is not None:
+            scores = self._score(wanted, np.append(inputs[1:], following))
+            self._total += sum(int(score) for score, flag in zip(scores, flags, strict=True) if flag)
+            if abs(self._total) > LARGEST_TOTAL:
+                raise MambaintError("the score of the text is beyond 61 bits", "prove it in parts")
+            same = self._total == int(after[TOTAL][0])
+        if not same:
             raise MambaintError(
                 "the circuits and the interpreter disagree on this input",
                 "report this with the model and the input",
@@ -486,7 +536,7 @@ def prove_chain(
         chain: the circuits.
         pieces: of the input, int64 [any number of steps, ...]; private values never leave this machine.
         folder: keeps finished segments, and the secret of the chain.
-        prompt: where generation is proved, the steps that were given: 1 or more, fewer than all.
+        prompt: where generation or a score is proved, the steps that were given: 1 or more, fewer than all.
         workers: segments that are proved at a time, fewer if they would not fit the memory.
         tell: told how many segments are done, and whether more are to come.
         timeout: seconds before giving a segment up.
@@ -496,9 +546,10 @@ def prove_chain(
     """
     package = decode_chain_package(chain.package, "made here")
     digest = hashlib.sha256(chain.package).hexdigest()
-    if (prompt > 0) != chain.greedy:
+    if (prompt > 0) != (chain.greedy or chain.scored):
         raise MambaintError(
-            "a prompt and a chain that proves what was generated belong together", "give both or neither"
+            "a prompt and a chain that proves what was generated, or a score, belong together",
+            "give both or neither",
         )
     secret = _secret(folder, digest)
     started = time.perf_counter()
@@ -569,7 +620,7 @@ def fitting(workers: int, chain: ProvableChain) -> int:
 
 def _stage_proof(witness: Witness, proof: bytes) -> StageProof:
     shown: dict[str, list[int]] = {
-        name: witness.public[name] for name in ("input", "logits", TOKENS) if name in witness.public
+        name: witness.public[name] for name in ("input", "logits", TOKENS, SCORE) if name in witness.public
     }
     state, activations = (tuple(witness.public.get(name, [])) for name in (STATE_OUT, ACTIVATIONS_OUT))
     return StageProof(shown, state, activations, proof)

@@ -17,6 +17,7 @@ from circuits.sample import sample_input
 from circuits.segment import Segment, reduction
 from circuits.stages import cut_points
 from mamba_int.graph import Graph
+from mamba_int.log_score import LogScore
 from zk.chain_package import ChainPackage, read_chain_package
 from zk.keys import make_keys
 from zk.package import Package, read_package
@@ -99,11 +100,14 @@ def chain_fault(
     ends, steps = reduction(graph) is not None, package.segment_steps
     if ends != (package.head is not None) or package.total_steps != (graph.seq_len if ends else 0):
         return "the trusted package is for sequences of another form than this model's"
-    if not set(package.stage_starts[1:]) <= set(cut_points(graph, package.greedy)):
+    if not set(package.stage_starts[1:]) <= set(cut_points(graph, package.reads_tokens)):
         return "its stages are not stages of this model"
+    if package.scored and package.score_frac != LogScore.of(graph).score_frac:
+        return "the unit of its scores is not that of this model"
     edges = (*package.stage_starts, len(graph.nodes))
     forms = [
-        Segment(steps, False, package.hides_states, package.greedy, range(*edge)) for edge in pairwise(edges)
+        Segment(steps, False, package.hides_states, package.greedy, package.scored, range(*edge))
+        for edge in pairwise(edges)
     ]
     for circuit, form, first in zip(package.stages, forms, package.first_states, strict=True):
         srs = _named_srs(circuit, srs_path, cache)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from circuits.cells import CircuitTooNarrow
 from circuits.circuit import LARGEST_LOGROWS, SMALLEST_LOGROWS
@@ -35,7 +36,7 @@ def largest_logrows(memory: int) -> int:
 def pick_steps(
     graph: Graph,
     length: int,
-    hidden: bool,
+    form: Segment,
     memory: int | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> int:
@@ -47,7 +48,7 @@ def pick_steps(
     Args:
         graph: the model.
         length: steps of the sequence.
-        hidden: whether states are committed to.
+        form: of the segments, but for their steps.
         memory: bytes that a prover may use; default: what is free.
         say: told what is being done.
 
@@ -60,7 +61,7 @@ def pick_steps(
     best: tuple[int, int, int] | None = None
     for k in range(max(SMALLEST_LOGROWS, most - SMALLER), most + 1):
         say(f"looking for the length of segments, 2^{k} rows")
-        steps = _longest(graph, unit, length, k, hidden)
+        steps = _longest(graph, unit, length, k, form)
         if ends:
             # Of a fixed length, which whole segments have to make up.
             parts = [n for n in range(unit, steps + 1, unit) if length % n == 0 and n < length]
@@ -76,12 +77,12 @@ def pick_steps(
     return best[2]
 
 
-def _longest(graph: Graph, unit: int, length: int, logrows: int, hidden: bool) -> int:
+def _longest(graph: Graph, unit: int, length: int, logrows: int, form: Segment) -> int:
     """The most steps, a multiple of the unit, whose circuit has at most 2^logrows rows; 0 if none has."""
     most = -(-length // unit)
 
     def rows(units: int) -> int | None:
-        segment = Segment(units * unit, hidden=hidden)
+        segment = replace(form, steps=units * unit)
         try:
             check_steps(graph, segment)
             return lower(graph, logrows, False, True, segment=segment).circuit.rows

@@ -12,7 +12,18 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from circuits.circuit import ACTIVATIONS_IN, ACTIVATIONS_OUT, CHAIN, GENERATED, STATE_IN, STATE_OUT, TOKENS
+from circuits.circuit import (
+    ACTIVATIONS_IN,
+    ACTIVATIONS_OUT,
+    CHAIN,
+    GENERATED,
+    LAST,
+    SCORE,
+    SCORED,
+    STATE_IN,
+    STATE_OUT,
+    TOKENS,
+)
 from zk.chain_package import LINKS, ChainPackage, State, read_chain_package
 from zk.chain_proof import ChainProof, StageProof, decode_chain_proof
 from zk.challenge import POINT_BYTES
@@ -80,6 +91,8 @@ def check_chain(
         statement |= {"seq_len": proof.steps, "segments": len(proof.segments)}
         if proof.prompt:
             statement["prompt_steps"] = proof.prompt
+        if package.scored:
+            statement["score_frac"] = package.score_frac
     except InvalidProof as error:
         reason = str(error)[:MAX_REASON]
     return Verdict(
@@ -105,7 +118,7 @@ def _check_form(proof: ChainProof, package: ChainPackage, digest: str, expected:
     if not (count - 1) * length < proof.steps <= count * length:
         raise InvalidProof(f"{count} segments of {length} steps are not a sequence of {proof.steps}")
     # The first token has no step before it.
-    if not (1 <= proof.prompt < proof.steps if package.greedy else proof.prompt == 0):
+    if not (1 <= proof.prompt < proof.steps if package.reads_tokens else proof.prompt == 0):
         raise InvalidProof(
             f"a prompt of {proof.prompt} of {proof.steps} steps is none for this model's package"
         )
@@ -120,7 +133,7 @@ def _check_place(proof: ChainProof, i: int, package: ChainPackage) -> None:
     """Check all stages of the segment at this position."""
     last = i == len(proof.segments) - 1
     place = proof.chain, i, proof.steps - i * package.segment_steps if last else 0
-    flags = greedy_flags(proof.prompt, proof.steps, i, package.segment_steps)
+    flags = token_flags(proof.prompt, proof.steps, i, package.segment_steps, package.scored)
     received: State = ()
     for d, (stage, circuit) in enumerate(zip(proof.segments[i], package.stages, strict=True)):
         ends = last and d == len(package.stages) - 1
@@ -153,11 +166,15 @@ def point_of(stage: StageProof, circuit: Package, link: str) -> str:
     return stage.proof[first : first + POINT_BYTES].hex()
 
 
-def greedy_flags(prompt: int, steps: int, position: int, segment_steps: int) -> list[int]:
-    """Of the steps of the segment at this position, which are greedy: those after the prompt without padding;
-    none where no generation is proved."""
-    places = range(position * segment_steps, (position + 1) * segment_steps)
-    return [int(0 < prompt <= place < steps) for place in places]
+def token_flags(prompt: int, steps: int, position: int, segment_steps: int, ahead: bool) -> list[int]:
+    """Of the tokens of the segment at this position, which count: those after the prompt without padding;
+    none where there is no prompt.
+
+    Args:
+        ahead: count, at each step, not its own token but the one after it, which it scores.
+    """
+    first = position * segment_steps + ahead
+    return [int(0 < prompt <= place < steps) for place in range(first, first + segment_steps)]
 
 
 def check_stage(
@@ -176,7 +193,7 @@ def check_stage(
         before: the state before it.
         received: the activations of the stage before; empty for the first.
         circuit: package of its circuit.
-        flags: which of its steps are greedy, where generation is proved.
+        flags: which of its tokens count, where generation or a score is proved: see :func:`token_flags`.
 
     Raises:
         InvalidProof: if it does not verify.
@@ -186,6 +203,8 @@ def check_stage(
     linked = {CHAIN: list(place)}
     if GENERATED in shown:
         linked[GENERATED] = flags
+    if SCORED in shown:
+        linked |= {SCORED: flags, LAST: [int(place[2] > 0)]}
     for name, value, source in (
         (STATE_IN, before, "state that the segment before it"),
         (ACTIVATIONS_IN, received, "activations that the stage before it"),
@@ -199,7 +218,7 @@ def check_stage(
             linked[name] = list(own)
         elif own:
             raise InvalidProof(f"it shows {name}, which its circuit does not")
-    known = sorted(stage.public.keys() & {CHAIN, GENERATED, *LINKS})
+    known = sorted(stage.public.keys() & {CHAIN, GENERATED, SCORED, LAST, *LINKS})
     if known:
         raise InvalidProof(f"it states its own {known[0]}")
     check_segment(stage.proof, stage.public | linked, circuit)
@@ -213,6 +232,10 @@ def _public_values(proof: ChainProof, package: ChainPackage) -> dict[str, list[i
     result: dict[str, list[int]] = {}
     for name in sorted({name for segment in shown for name in segment}):
         if name == "logits" and not package.last.statement.get("logits_of_every_step"):
+            result[name] = list(shown[-1][name])
+            continue
+        if name == SCORE:
+            # All others show 0.
             result[name] = list(shown[-1][name])
             continue
         values = [segment[name] for segment in shown]

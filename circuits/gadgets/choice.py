@@ -42,6 +42,17 @@ def pointer(b: Cells, name: str, x: Ids, low: int, choices: int) -> Ids:
     return e
 
 
+def pointed(source: Value, name: str) -> Ids:
+    """Cells [elements, entries]: a row per element of a tensor that points at it, from its lowest value on.
+
+    Made once: all that choose by one tensor share them.
+    """
+    low, high = source.type.low, source.type.high
+    if source.pointer is None:
+        source.pointer = pointer(source.builder, name, source.cells().ravel(), low, high - low + 1)
+    return source.pointer
+
+
 def bit(b: Cells, name: str, shape: tuple[int, ...], hint: Callable[[Get], Values]) -> Ids:
     """Private cells proven 0 or 1: by one check if it is tight, or by two lookups: g, hence an integer of the
     table, and -2^(k-1) g.
@@ -95,11 +106,7 @@ def select(condition: Value, first: Value, second: Value, tensor: TensorType) ->
 
 
 def table(source: Value, name: str, tensor: TensorType, values: IntArray) -> Ids:
-    """A one-hot row per element that points at it, times the ``values`` of ``source.type.low`` upwards.
-
-    All tables of one tensor share its rows.
-    """
-    b, x = source.builder, source.cells()
-    if source.pointer is None:
-        source.pointer = pointer(b, name, x.ravel(), source.type.low, len(values))
-    return b.dot("tk,k->t", source.pointer, b.constant(values), (tensor.low, tensor.high)).reshape(x.shape)
+    """A one-hot row per element that points at it, times the ``values`` of ``source.type.low`` upwards."""
+    b, rows = source.builder, pointed(source, name)
+    found: Ids = b.dot("tk,k->t", rows, b.constant(values), (tensor.low, tensor.high))
+    return found.reshape(source.type.shape)

@@ -365,12 +365,12 @@ def test_length_that_is_picked_is_the_cheapest_that_fits(
         segment = Segment(steps, hidden=hidden)
         return lower(graph, logrows, False, True, segment=segment).circuit.rows + MARGIN_ROWS
 
-    steps = pick_steps(graph, 24, hidden, memory)
+    steps = pick_steps(graph, 24, Segment(0, hidden=hidden), memory)
     sizes = {s: next((k for k in (12, 13) if rows(s, k) <= 1 << k), 0) for s in range(4, 25, 4)}
     costs = {s: -(-24 // s) << k for s, k in sizes.items() if k}
     assert -(-24 // steps) << sizes[steps] == min(costs.values())
     with pytest.raises(MambaintError, match="memory"):
-        pick_steps(graph, 24, hidden, BYTES_PER_ROW << 9)
+        pick_steps(graph, 24, Segment(0, hidden=hidden), BYTES_PER_ROW << 9)
 
 
 def test_no_steps_are_no_statement(chains: Chains, tmp_path: Path) -> None:

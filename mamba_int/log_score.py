@@ -22,8 +22,8 @@ in units of 2^-score_frac nats, score_frac = F + f: an exact integer, and so is 
 - For 1 + y in place of e^y, term by term, hence of the sum: 0 <= y - ln(1 + y) <= h^2 / (2 (1 - h)).
 
 The second and the last are of opposite sign, each with a mean near h^2 / 6, so they all but cancel over a
-text. In all, a score is within ``error`` < 2^-12 nats (0.00035 bits) of the logarithm of the softmax, whatever
-the vocabulary.
+text. In all, a score is within ``error`` < 2^-12 nats (0.00035 bits) of the logarithm of the softmax,
+whatever the vocabulary.
 """
 
 from __future__ import annotations

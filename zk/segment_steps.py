@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 from circuits.cells import CircuitTooNarrow
 from circuits.circuit import LARGEST_LOGROWS, SMALLEST_LOGROWS
@@ -36,7 +35,7 @@ def largest_logrows(memory: int) -> int:
 def pick_steps(
     graph: Graph,
     length: int,
-    form: Segment,
+    hidden: bool,
     memory: int | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> int:
@@ -48,7 +47,7 @@ def pick_steps(
     Args:
         graph: the model.
         length: steps of the sequence.
-        form: of the segments, but for their steps.
+        hidden: whether states are committed to.
         memory: bytes that a prover may use; default: what is free.
         say: told what is being done.
 
@@ -61,7 +60,7 @@ def pick_steps(
     best: tuple[int, int, int] | None = None
     for k in range(max(SMALLEST_LOGROWS, most - SMALLER), most + 1):
         say(f"looking for the length of segments, 2^{k} rows")
-        steps = _longest(graph, unit, length, k, form)
+        steps = _longest(graph, unit, length, k, hidden)
         if ends:
             # Of a fixed length, which whole segments have to make up.
             parts = [n for n in range(unit, steps + 1, unit) if length % n == 0 and n < length]
@@ -77,12 +76,12 @@ def pick_steps(
     return best[2]
 
 
-def _longest(graph: Graph, unit: int, length: int, logrows: int, form: Segment) -> int:
+def _longest(graph: Graph, unit: int, length: int, logrows: int, hidden: bool) -> int:
     """The most steps, a multiple of the unit, whose circuit has at most 2^logrows rows; 0 if none has."""
     most = -(-length // unit)
 
     def rows(units: int) -> int | None:
-        segment = replace(form, steps=units * unit)
+        segment = Segment(units * unit, hidden=hidden)
         try:
             check_steps(graph, segment)
             return lower(graph, logrows, False, True, segment=segment).circuit.rows

@@ -33,7 +33,7 @@ from circuits.circuit import (
 )
 from circuits.lowering import LoweredCircuit, build_circuit
 from circuits.segment import FLAGS, PLACE, Segment, by_name, initial_state, leaving, reduction
-from circuits.stages import cut_stages
+from circuits.stages import chain_forms, cut_stages
 from mamba_int.decoding_state import DecodingState
 from mamba_int.errors import MambaintError
 from mamba_int.files import canonical_json, parse_json, read_bytes, read_json, write_bytes, write_json
@@ -184,9 +184,7 @@ def prepare_chain(
         return StageCircuit(lowered, keys, keys.package(stated))
 
     parts = cut_stages(graph, stages, greedy)
-    forms = [Segment(steps, False, not public_states, greedy, nodes) for nodes in parts]
-    if ended:
-        forms.append(replace(forms[-1], head=True))
+    forms = chain_forms(graph, parts, Segment(steps, hidden=not public_states, greedy=greedy))
     lowered = [lowered_at(form, logrows) for form in forms]
     most = max(circuit.circuit.logrows for circuit in lowered)
     if not public_states:

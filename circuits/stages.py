@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -55,6 +56,18 @@ def cut_stages(graph: Graph, count: int, reads_tokens: bool = False) -> tuple[ra
             f"choose at most {max(found)}: every stage needs a block of its own",
         )
     return found[count]
+
+
+def chain_forms(graph: Graph, parts: tuple[range, ...], form: Segment) -> list[Segment]:
+    """What the circuits of a chain prove: every stage, and the head of the last segment where there is one.
+
+    Args:
+        graph: the model.
+        parts: the nodes of every stage.
+        form: of the segments, without nodes.
+    """
+    stages = [replace(form, nodes=nodes) for nodes in parts]
+    return stages if reduction(graph) is None else [*stages, replace(stages[-1], head=True)]
 
 
 def all_cuts(graph: Graph, reads_tokens: bool = False) -> Mapping[int, tuple[range, ...]]:

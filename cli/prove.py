@@ -83,15 +83,14 @@ class SegmentSteps(click.ParamType[int]):
     type=SegmentSteps(),
     metavar="N|auto",
     help="Prove in linked segments of N steps, with one key pair: any length at the same memory. auto: the "
-    "length that makes the chain cheapest.",
+    "length that makes the chain cheapest, in as few --stages as fit.",
 )
 @click.option(
     "--stages",
     type=click.IntRange(1),
-    default=1,
-    show_default=True,
-    help="With --segment-steps: cut the model by layers as well, into so many circuits with keys of their "
-    "own, which need that much less memory.",
+    metavar="N",
+    help="With --segment-steps: cut the model by layers as well, into N circuits with keys of their own, "
+    "which need that much less memory  [default: 1; with auto the fewest that fit].",
 )
 @click.option(
     "--ram",
@@ -141,7 +140,7 @@ def command(
     opening: Path | None,
     reuse_opening: Path | None,
     segment_steps: int | None,
-    stages: int,
+    stages: int | None,
     ram: float | None,
     public_states: bool,
     greedy_after: int | None,
@@ -182,7 +181,7 @@ def command(
     from zk.prove import prove
 
     if segment_steps is None and (
-        public_states or stages > 1 or workers > 1 or stream or ram or greedy_after or score_after
+        public_states or stages or workers > 1 or stream or ram or greedy_after or score_after
     ):
         raise MambaintError(
             "--stages, --public-states, --workers, --stream, --ram, --greedy-after and --score-after are for "

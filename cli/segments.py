@@ -20,7 +20,7 @@ class ChainOptions:
     """The options of the command that decide which circuits and which proof are meant; see there."""
 
     segment_steps: int
-    stages: int
+    stages: int | None
     ram: float | None
     public_input: bool
     public_states: bool
@@ -40,27 +40,34 @@ def prove_in_segments(
     from mamba_int.files import write_bytes
     from mamba_int.graph import Graph
     from quantize.input_file import read_input, read_steps
+    from zk.chain_cut import Cut, pick_cut
     from zk.chain_package import decode_chain_package
     from zk.prove_chain import prepare_chain, prove_chain
-    from zk.segment_steps import pick_steps
 
     graph = Graph.load(model)
     inputs = None if input_path is None else read_input(input_path, graph, reduction(graph) is None)
     # Beside the proof: a run that goes on finds what is done.
     folder = out.with_name(f"{out.stem}.segments")
-    steps, prompt = options.segment_steps, options.greedy_after or options.score_after or 0
+    cut = Cut(options.segment_steps, options.stages or 1)
+    prompt = options.greedy_after or options.score_after or 0
     greedy, scored = options.greedy_after is not None, options.score_after is not None
     with activity(as_json) as say:
-        if not steps and inputs is None:
+        if not cut.steps and inputs is None:
             raise MambaintError("a stream has no length to choose from", "give --segment-steps N")
-        if not steps and inputs is not None:
-            memory = None if options.ram is None else int(options.ram * 1e9)
-            form = Segment(0, hidden=not options.public_states, greedy=greedy, scored=scored)
-            steps = pick_steps(graph, len(inputs), form, memory, say)
+        if not cut.steps and inputs is not None:
+            cut = pick_cut(
+                graph,
+                len(inputs),
+                Segment(0, hidden=not options.public_states, greedy=greedy, scored=scored),
+                public_input=options.public_input,
+                stages=options.stages,
+                memory=None if options.ram is None else int(options.ram * 1e9),
+                say=say,
+            )
         chain = prepare_chain(
             graph,
-            steps,
-            stages=options.stages,
+            cut.steps,
+            stages=cut.stages,
             public_input=options.public_input,
             public_states=options.public_states,
             greedy=greedy,
@@ -71,7 +78,7 @@ def prove_in_segments(
             say=say,
         )
         started = time.perf_counter()
-        total = None if inputs is None else -(-len(inputs) // steps)
+        total = None if inputs is None else -(-len(inputs) // cut.steps)
 
         def tell(done: int, more: bool) -> None:
             if total is None:
@@ -98,7 +105,7 @@ def prove_in_segments(
         "model_id": graph.model_id,
         "steps": proof.steps,
         "segments": proof.segments,
-        "segment_steps": steps,
+        "segment_steps": cut.steps,
         "stages": proof.stages,
         "proved_now": proof.proved,
         "rows": circuit.rows,
@@ -121,9 +128,9 @@ def prove_in_segments(
         click.echo(json.dumps(result, indent=2))
         return
     found = proof.segments * proof.stages - proof.proved
-    stages = f" in {proof.stages} stages each" if proof.stages > 1 else ""
+    steps = f"{cut.steps} steps" + (f" in {proof.stages} stages each" if proof.stages > 1 else "")
     click.echo(
-        f"proved    {proof.segments} linked segments of {steps} steps{stages} in {proof.wall_seconds:.1f} s"
+        f"proved    {proof.segments} linked segments of {steps} in {proof.wall_seconds:.1f} s"
         f"{f' ({found} proofs found from before)' if found else ''}, {proof.peak_bytes / 1e6:.0f} MB each; "
         f"{circuit.rows:,} rows of 2^{circuit.logrows}"
     )

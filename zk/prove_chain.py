@@ -47,7 +47,7 @@ from circuits.segment import (
     leaving,
     reduction,
 )
-from circuits.stages import cut_stages
+from circuits.stages import chain_forms, cut_stages
 from mamba_int.decoding_state import DecodingState
 from mamba_int.errors import MambaintError
 from mamba_int.files import canonical_json, parse_json, read_bytes, read_json, write_bytes, write_json
@@ -211,10 +211,9 @@ def prepare_chain(
         keys = make_keys(lowered.circuit, sample_witness(graph, lowered, steps), srs)
         return StageCircuit(lowered, keys, keys.package(stated))
 
-    parts = cut_stages(graph, stages, greedy or scored)
-    forms = [Segment(steps, False, not public_states, greedy, scored, nodes) for nodes in parts]
-    if ended:
-        forms.append(replace(forms[-1], head=True))
+    form = Segment(steps, hidden=not public_states, greedy=greedy, scored=scored)
+    parts = cut_stages(graph, stages, form.reads_tokens)
+    forms = chain_forms(graph, parts, form)
     lowered = [lowered_at(form, logrows) for form in forms]
     most = max(circuit.circuit.logrows for circuit in lowered)
     if not public_states:

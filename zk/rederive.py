@@ -15,7 +15,7 @@ from circuits.circuit import COMMITTED_INPUT, Witness
 from circuits.lowering import LoweredCircuit, build_circuit
 from circuits.sample import sample_input
 from circuits.segment import Segment, reduction
-from circuits.stages import cut_points
+from circuits.stages import chain_forms, cut_points
 from mamba_int.graph import Graph
 from mamba_int.log_score import LogScore
 from zk.chain_package import ChainPackage, read_chain_package
@@ -105,23 +105,22 @@ def chain_fault(
     if package.scored and package.score_frac != LogScore.of(graph).score_frac:
         return "the unit of its scores is not that of this model"
     edges = (*package.stage_starts, len(graph.nodes))
-    forms = [
-        Segment(steps, False, package.hides_states, package.greedy, package.scored, range(*edge))
-        for edge in pairwise(edges)
-    ]
-    for circuit, form, first in zip(package.stages, forms, package.first_states, strict=True):
+    form = Segment(steps, hidden=package.hides_states, greedy=package.greedy, scored=package.scored)
+    forms = chain_forms(graph, tuple(range(*edge) for edge in pairwise(edges)), form)
+    bodies = forms[: len(package.stages)]
+    for circuit, own, first in zip(package.stages, bodies, package.first_states, strict=True):
         srs = _named_srs(circuit, srs_path, cache)
-        lowered = _lowered(circuit, graph, form)
+        lowered = _lowered(circuit, graph, own)
         reason = _key_fault(circuit, lowered, sample_witness(graph, lowered, steps), srs)
         if reason:
             return reason
-        own = first_commitment(lowered, circuit, srs.path) if package.hides_states else ()
-        if first != (own or tuple(first_state(lowered).tolist())):
+        point = first_commitment(lowered, circuit, srs.path) if package.hides_states else ""
+        if first != (point or tuple(first_state(lowered).tolist())):
             return "the first state is not that of this model"
     if package.head is None:
         return ""
     srs = _named_srs(package.head, srs_path, cache)
-    lowered = _lowered(package.head, graph, replace(forms[-1], head=True))
+    lowered = _lowered(package.head, graph, forms[-1])
     return _key_fault(package.head, lowered, sample_witness(graph, lowered, steps), srs)
 
 

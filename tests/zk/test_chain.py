@@ -24,6 +24,7 @@ from mamba_int.interpreter import evaluate
 from tests.circuits.conftest import GRAPHS
 from tests.circuits_runtime.models import random_graph
 from zk import prove_chain as proving
+from zk.chain_cut import BYTES_PER_ROW, Cut, pick_cut
 from zk.chain_package import ChainPackage, decode_chain_package
 from zk.chain_proof import ChainProof, StageProof, decode_chain_proof
 from zk.keys import Keys
@@ -39,7 +40,6 @@ from zk.prove_chain import (
     segment_witness,
 )
 from zk.rederive import OTHER_KEY, chain_fault
-from zk.segment_steps import BYTES_PER_ROW, pick_steps
 from zk.verify import Verdict
 from zk.verify_chain import check_chain, check_stage, point_of
 
@@ -353,24 +353,58 @@ def test_no_more_workers_than_the_memory_holds(chains: Chains, monkeypatch: pyte
         assert proving.fitting(8, chains.chain) == workers
 
 
-@pytest.mark.parametrize("hidden", [False, True])
+@pytest.mark.parametrize(
+    ("form", "public_input"),
+    [
+        (Segment(0), False),
+        (Segment(0, hidden=True), False),
+        (Segment(0, hidden=True), True),
+        (Segment(0, hidden=True, greedy=True), False),
+    ],
+)
 def test_length_that_is_picked_is_the_cheapest_that_fits(
-    hidden: bool, monkeypatch: pytest.MonkeyPatch
+    form: Segment, public_input: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Counting all that the proof is to show: a little more than 2^k rows cost as many as 2^(k+1)."""
     graph, _ = random_graph(0, **TEXT)
-    monkeypatch.setattr("zk.segment_steps.stored_calibration", lambda: None)
+    monkeypatch.setattr("zk.chain_cut.stored_calibration", lambda: None)
     memory = BYTES_PER_ROW << 13
 
     def rows(steps: int, logrows: int) -> int:
-        segment = Segment(steps, hidden=hidden)
-        return lower(graph, logrows, False, True, segment=segment).circuit.rows + MARGIN_ROWS
+        own = replace(form, steps=steps)
+        return lower(graph, logrows, public_input, True, segment=own).circuit.rows + MARGIN_ROWS
 
-    steps = pick_steps(graph, 24, Segment(0, hidden=hidden), memory)
+    cut = pick_cut(graph, 24, form, public_input=public_input, memory=memory)
     sizes = {s: next((k for k in (12, 13) if rows(s, k) <= 1 << k), 0) for s in range(4, 25, 4)}
     costs = {s: -(-24 // s) << k for s, k in sizes.items() if k}
-    assert -(-24 // steps) << sizes[steps] == min(costs.values())
+    assert cut.stages == 1 and -(-24 // cut.steps) << sizes[cut.steps] == min(costs.values())
     with pytest.raises(MambaintError, match="memory"):
-        pick_steps(graph, 24, Segment(0, hidden=hidden), BYTES_PER_ROW << 9)
+        pick_cut(graph, 24, form, public_input=public_input, memory=BYTES_PER_ROW << 9)
+
+
+def test_model_too_large_for_the_memory_is_cut_by_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph, _ = random_graph(0, **(TEXT | {"n_layer": 2}))
+    monkeypatch.setattr("zk.chain_cut.stored_calibration", lambda: None)
+    form, memory = Segment(0, hidden=True), BYTES_PER_ROW << 12
+    assert pick_cut(graph, 24, form, memory=memory) == Cut(4, 2)
+    assert pick_cut(graph, 24, form, memory=2 * memory) == Cut(8, 1)
+    assert pick_cut(graph, 24, form, memory=2 * memory, stages=2).stages == 2
+    with pytest.raises(MambaintError, match="memory"):
+        pick_cut(graph, 24, form, memory=memory, stages=1)
+
+
+def test_head_counts_among_the_circuits_that_have_to_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    narrow = {name: value for name, value in TEXT.items() if name not in ("task", "vocab_size")}
+    monkeypatch.setattr("zk.chain_cut.stored_calibration", lambda: None)
+    form, memory = Segment(0, hidden=True), BYTES_PER_ROW << 12
+    for classes, fits in ((5, True), (2000, False)):
+        graph, _ = random_graph(0, **(narrow | {"pooling": "mean", "n_classes": classes}))
+        assert build_circuit(graph, segment=replace(form, steps=4)).circuit.logrows == 12
+        if fits:
+            assert pick_cut(graph, 16, form, memory=memory) == Cut(4, 1)
+        else:
+            with pytest.raises(MambaintError, match="memory"):
+                pick_cut(graph, 16, form, memory=memory)
 
 
 def test_no_steps_are_no_statement(chains: Chains, tmp_path: Path) -> None:

@@ -486,7 +486,7 @@ def prove_chain(
         folder: keeps finished segments, and the secret of the chain.
         prompt: where generation is proved, the steps that were given: 1 or more, fewer than all.
         workers: segments that are proved at a time, fewer if they would not fit the memory.
-        tell: told how many segments are done, and whether more are to come.
+        tell: told how many proofs are done, and whether more are to come.
         timeout: seconds before giving a segment up.
 
     Raises:
@@ -525,7 +525,7 @@ def prove_chain(
                 for future in ended:
                     running.discard(future)
                     future.result()
-                tell(sum(len(stages) == len(chain.stages) for stages in done.values()), bool(running))
+                tell(sum(map(len, done.values())), bool(running))
 
         try:
             for job in jobs_of(chain, pieces, secret, prompt):

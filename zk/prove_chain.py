@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import io
 import math
 import secrets
 import time
@@ -539,7 +540,7 @@ def prove_chain(
     wall = time.perf_counter() - started
     segments = tuple(tuple(done[i][d] for d in range(len(chain.stages))) for i in range(len(done)))
     proof = ChainProof(package.model_id, digest, secret.number, steps, prompt, segments).encode()
-    verdict = check_chain(proof, package, digest)
+    verdict = check_chain(io.BytesIO(proof), package, digest)
     if not verdict.valid:
         raise MambaintError(
             f"the finished chain is not valid and was discarded: {verdict.reason}",

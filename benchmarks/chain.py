@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import json
 import os
 import resource
@@ -90,7 +91,7 @@ def run(chain: ProvableChain, length: int, workers: int) -> dict[str, Any]:
     package = decode_chain_package(chain.package, "measured")
     digest = hashlib.sha256(chain.package).hexdigest()
     started = time.perf_counter()
-    verdict = check_chain(proof.file, package, digest, workers=2)
+    verdict = check_chain(io.BytesIO(proof.file), package, digest, workers=2)
     assert verdict.valid
     return {
         "tokens": length,

@@ -78,14 +78,14 @@ def prove_in_segments(
             say=say,
         )
         started = time.perf_counter()
-        total = None if inputs is None else -(-len(inputs) // cut.steps)
+        total = None if inputs is None else -(-len(inputs) // cut.steps) * cut.stages
 
         def tell(done: int, more: bool) -> None:
             if total is None:
-                say(f"proving the stream, {done} segments done")
+                say(f"proving the stream, {done} proofs done")
             else:
                 left = (time.perf_counter() - started) / done * (total - done)
-                say(f"proving, {done} of {total} segments, about {left:.0f} s left")
+                say(f"proving, {done} of {total} proofs, about {left:.0f} s left")
 
         say("proving")
         pieces = read_steps(sys.stdin, graph) if inputs is None else [inputs]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import io
 import math
 import secrets
 import time
@@ -537,7 +538,7 @@ def prove_chain(
         folder: keeps finished segments, and the secret of the chain.
         prompt: where generation or a score is proved, the steps that were given: 1 or more, fewer than all.
         workers: segments that are proved at a time, fewer if they would not fit the memory.
-        tell: told how many segments are done, and whether more are to come.
+        tell: told how many proofs are done, and whether more are to come.
         timeout: seconds before giving a segment up.
 
     Raises:
@@ -577,7 +578,7 @@ def prove_chain(
                 for future in ended:
                     running.discard(future)
                     future.result()
-                tell(sum(len(stages) == len(chain.stages) for stages in done.values()), bool(running))
+                tell(sum(map(len, done.values())), bool(running))
 
         try:
             for job in jobs_of(chain, pieces, secret, prompt):
@@ -591,7 +592,7 @@ def prove_chain(
     wall = time.perf_counter() - started
     segments = tuple(tuple(done[i][d] for d in range(len(chain.stages))) for i in range(len(done)))
     proof = ChainProof(package.model_id, digest, secret.number, steps, prompt, segments).encode()
-    verdict = check_chain(proof, package, digest)
+    verdict = check_chain(io.BytesIO(proof), package, digest)
     if not verdict.valid:
         raise MambaintError(
             f"the finished chain is not valid and was discarded: {verdict.reason}",

@@ -23,7 +23,7 @@ from zk.keys import make_keys
 from zk.package import Package, read_package
 from zk.prove_chain import first_commitment, first_state, sample_witness
 from zk.srs import Srs, find_srs
-from zk.verify import Verdict, check, read_proof
+from zk.verify import Verdict, check, open_proof, read_proof
 from zk.verify_chain import check_chain
 
 OTHER_KEY = "the verifying key is not that of this model"
@@ -73,7 +73,8 @@ def verify_chain_rederived(
     Args and errors as for :func:`verify_rederived`; ``workers`` as for ``verify_chain``.
     """
     package, digest = read_chain_package(package_path)
-    verdict = check_chain(read_proof(proof_path), package, digest, expected_model_id, workers)
+    with open_proof(proof_path) as stream:
+        verdict = check_chain(stream, package, digest, expected_model_id, workers)
     if not verdict.valid:
         return verdict
     reason = chain_fault(package, graph, srs_path, cache)

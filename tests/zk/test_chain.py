@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import stat
 import threading
+import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,8 +28,17 @@ from tests.circuits_runtime.models import random_graph
 from zk import prove_chain as proving
 from zk.chain_cut import BYTES_PER_ROW, Cut, pick_cut
 from zk.chain_package import ChainPackage, decode_chain_package
-from zk.chain_proof import ChainProof, StageProof, decode_chain_proof
+from zk.chain_proof import (
+    ChainHeader,
+    ChainProof,
+    StageProof,
+    Stages,
+    decode_chain_proof,
+    encoded,
+    read_chain,
+)
 from zk.keys import Keys
+from zk.proof import InvalidProof
 from zk.prove import mock, prove_witness
 from zk.prove_chain import (
     ChainSecret,
@@ -86,7 +97,7 @@ class Chains:
 
     def verdict(self, proof: ChainProof) -> Verdict:
         """On a file that may have been put together by a liar."""
-        return check_chain(proof.encode(), self.package, self.digest)
+        return check_chain(io.BytesIO(proof.encode()), self.package, self.digest)
 
 
 def tokens(seed: int) -> IntArray:
@@ -111,9 +122,6 @@ def chains(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     digest = hashlib.sha256(chain.package).hexdigest()
     first, second = (decode_chain_proof(file) for file in files)
     return Chains(chain, package, digest, first, second, tokens(0))
-
-
-Stages = tuple[StageProof, ...]
 
 
 def with_segments(proof: ChainProof, *segments: Stages, steps: int = 0) -> ChainProof:
@@ -318,7 +326,7 @@ def test_part_of_a_chain_is_never_valid_and_says_so(chains: Chains) -> None:
     """A part that verifies must not pass for the whole, and one that does not must not pass for a part."""
 
     def part(proof: ChainProof, only: range) -> Verdict:
-        return check_chain(proof.encode(), chains.package, chains.digest, only=only)
+        return check_chain(io.BytesIO(proof.encode()), chains.package, chains.digest, only=only)
 
     honest = part(chains.first, range(1, 3))
     assert not honest.valid and honest.reason.startswith("partial: segments 1 to 2 of 3")
@@ -538,5 +546,42 @@ def test_malformed_file_is_refused(chains: Chains, change: str) -> None:
     elif change == "segments":
         content["segments"] = []
     raw = json.dumps(content, indent=1 if change == "spaces" else None, separators=(",", ":")).encode()
-    verdict = check_chain(raw[:-3] if change == "not json" else raw, chains.package, chains.digest)
+    raw = raw[:-3] if change == "not json" else raw
+    verdict = check_chain(io.BytesIO(raw), chains.package, chains.digest)
     assert not verdict.valid and verdict.reason
+
+
+def test_every_byte_of_the_file_counts(chains: Chains) -> None:
+    raw, random = chains.first.encode(), np.random.default_rng(0)
+    edges = [*range(0, 260, 7), *range(len(raw) - 120, len(raw), 5)]
+    places = sorted({*edges, *random.integers(0, len(raw), 40).tolist()})
+    for place in places:
+        altered_file = raw[:place] + bytes([raw[place] ^ 1]) + raw[place + 1 :]
+        assert not check_chain(io.BytesIO(altered_file), chains.package, chains.digest).valid, place
+    for other in (raw[:-1], raw + b"\n", raw[:400], raw + raw, b"", raw[:300] + raw[-300:]):
+        assert not check_chain(io.BytesIO(other), chains.package, chains.digest).valid
+
+
+def test_name_that_looks_like_the_end_of_a_segment_does_not_split_it(chains: Chains) -> None:
+    forged = with_segments(
+        chains.first, also_public(chains.first.segments[0], "}],[{", [1]), *chains.first.segments[1:]
+    )
+    with pytest.raises(InvalidProof):
+        decode_chain_proof(forged.encode())
+
+
+def test_file_longer_than_the_memory_is_read_segment_by_segment(tmp_path: Path) -> None:
+    stage = StageProof({"logits": [1, -2]}, (3,), (), bytes(9000))
+    header = ChainHeader("0" * 64, "1" * 64, 7, 4000, 0)
+    path, count = tmp_path / "long", 4000
+    with path.open("wb") as file:
+        file.writelines(encoded(header, ((stage,) for _ in range(count))))
+    assert path.stat().st_size > 64 << 20
+    tracemalloc.start()
+    with path.open("rb") as stream:
+        found, segments = read_chain(stream)
+        assert found == header
+        assert sum(segment == (stage,) for segment in segments) == count
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 16 << 20

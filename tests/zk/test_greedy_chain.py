@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -53,7 +54,7 @@ class Generated:
 
     def verdict(self, proof: ChainProof) -> Verdict:
         """On a file that may be a liar's."""
-        return check_chain(proof.encode(), self.package, self.digest)
+        return check_chain(io.BytesIO(proof.encode()), self.package, self.digest)
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +162,7 @@ def test_proof_of_logits_is_none_of_generation(
         assert not generated.verdict(forged).valid
     package = decode_chain_package(plain.package, "test")
     digest = hashlib.sha256(plain.package).hexdigest()
-    assert not check_chain(replace(proof, prompt=PROMPT).encode(), package, digest).valid
+    assert not check_chain(io.BytesIO(replace(proof, prompt=PROMPT).encode()), package, digest).valid
 
 
 def test_classifiers_generate_nothing() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,9 +22,9 @@ from mamba_int.log_score import LogScore
 from tests.circuits.conftest import GRAPHS
 from tests.circuits.lying import add_at, satisfied
 from tests.circuits_runtime.models import random_graph
-from tests.zk.test_chain import TEXT, Stages, also_public, altered, prove_one
+from tests.zk.test_chain import TEXT, also_public, altered, prove_one
 from zk.chain_package import ChainPackage, decode_chain_package
-from zk.chain_proof import ChainProof, decode_chain_proof
+from zk.chain_proof import ChainProof, Stages, decode_chain_proof
 from zk.prove import mock
 from zk.prove_chain import ProvableChain, first_state, leaves, prepare_chain, prove_chain, segment_witness
 from zk.rederive import chain_fault
@@ -60,7 +61,7 @@ class Scored:
 
     def verdict(self, proof: ChainProof) -> Verdict:
         """On a file that may be a liar's."""
-        return check_chain(proof.encode(), self.package, self.digest)
+        return check_chain(io.BytesIO(proof.encode()), self.package, self.digest)
 
 
 @pytest.fixture(scope="module")
@@ -272,7 +273,7 @@ def test_text_that_is_shown_is_the_one_that_was_scored(
     package, digest = decode_chain_package(chain.package, "test"), hashlib.sha256(chain.package).hexdigest()
     result = prove_chain(chain, [np.array(TOKENS[:6])], tmp_path / "c", prompt=1)
     proof = decode_chain_proof(result.file)
-    verdict = check_chain(result.file, package, digest)
+    verdict = check_chain(io.BytesIO(result.file), package, digest)
     assert verdict.valid and verdict.public["input"] == TOKENS[:6]
     assert verdict.public["score"] == [score_of(chain.graph, TOKENS[:6], 1)]
     for i in range(2):
@@ -281,10 +282,12 @@ def test_text_that_is_shown_is_the_one_that_was_scored(
             text = list(shown["input"])
             text[place] = (text[place] + 1) % VOCABULARY
             forged = in_place(proof, i, altered(proof.segments[i], public=shown | {"input": text}))
-            assert not check_chain(forged.encode(), package, digest).valid
+            assert not check_chain(io.BytesIO(forged.encode()), package, digest).valid
     # A proof that hides its text is none of one that shows it, and the reverse.
     assert not scored.verdict(replace(proof, verifier_package=scored.digest)).valid
-    assert not check_chain(replace(scored.proof, verifier_package=digest).encode(), package, digest).valid
+    assert not check_chain(
+        io.BytesIO(replace(scored.proof, verifier_package=digest).encode()), package, digest
+    ).valid
 
 
 def test_unit_is_that_of_the_model(scored: Scored, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,9 +21,9 @@ from mamba_int.errors import MambaintError
 from mamba_int.graph import Graph, IntArray
 from mamba_int.interpreter import evaluate
 from tests.circuits_runtime.models import random_graph
-from tests.zk.test_chain import LENGTH, TEXT, Chains, Stages, altered, prove_one, tokens, with_segments
+from tests.zk.test_chain import LENGTH, TEXT, Chains, altered, prove_one, tokens, with_segments
 from zk.chain_package import decode_chain_package
-from zk.chain_proof import ChainProof, decode_chain_proof
+from zk.chain_proof import ChainProof, Stages, decode_chain_proof
 from zk.prove import mock
 from zk.prove_chain import first_state, leaves, prepare_chain, prove_chain, segment_witness
 from zk.rederive import chain_fault
@@ -238,4 +239,4 @@ def test_killed_run_proves_no_stage_twice(chains: Chains, tmp_path: Path) -> Non
     files[1].write_bytes(files[2].read_bytes())
     again = prove_chain(chains.chain, [chains.inputs], tmp_path / "c")
     assert again.proved == 2
-    assert check_chain(again.file, chains.package, chains.digest).valid
+    assert check_chain(io.BytesIO(again.file), chains.package, chains.digest).valid

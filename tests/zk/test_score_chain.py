@@ -271,7 +271,8 @@ def test_text_that_is_shown_is_the_one_that_was_scored(
     monkeypatch.setenv("MAMBAINT_CACHE", str(cache))
     chain = prepare_chain(scored.chain.graph, STEPS, scored=True, public_input=True)
     package, digest = decode_chain_package(chain.package, "test"), hashlib.sha256(chain.package).hexdigest()
-    result = prove_chain(chain, [np.array(TOKENS[:6])], tmp_path / "c", prompt=1)
+    # As a stream gives it.
+    result = prove_chain(chain, [np.array([token]) for token in TOKENS[:6]], tmp_path / "c", prompt=1)
     proof = decode_chain_proof(result.file)
     verdict = check_chain(io.BytesIO(result.file), package, digest)
     assert verdict.valid and verdict.public["input"] == TOKENS[:6]

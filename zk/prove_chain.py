@@ -13,7 +13,7 @@ import math
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,14 +31,14 @@ from mamba_int.interpreter import evaluate, evaluate_step
 from zk import field
 from zk.chain_package import ChainPackage, decode_chain_package
 from zk.chain_proof import ChainProof, SegmentProof, decode_segment
-from zk.estimate import available_memory
 from zk.identity import is_sha256
 from zk.keys import Keys, make_keys
+from zk.local_provers import LocalProvers
 from zk.package import Package
-from zk.process import run_job
+from zk.process import JobKilled, run_job
 from zk.proof import InvalidProof
 from zk.provable import statement
-from zk.prove import prove_witness
+from zk.provers import Provers
 from zk.srs import check_choice, chosen_srs
 from zk.verify_chain import check_chain, check_one, greedy_flags, state_before
 
@@ -99,6 +99,7 @@ class ChainResult:
         steps: of the sequence. segments: how many there are.
         proved: how many of them were proved now, rather than found.
         prove_seconds: of the proofs made now, in sum. wall_seconds: until all were there.
+        job_seconds: of each proof made now, in the order they ended: from the start of its process to its end.
         peak_bytes: largest memory of one proving process.
         public: as in the verdict.
     """
@@ -108,6 +109,7 @@ class ChainResult:
     segments: int
     proved: int
     prove_seconds: float
+    job_seconds: tuple[float, ...]
     wall_seconds: float
     peak_bytes: int
     public: dict[str, list[int]]
@@ -415,33 +417,45 @@ def state_after_witness(lowered: LoweredCircuit, witness: Witness) -> IntArray:
     return np.concatenate(parts)
 
 
+TRIES = 3
+"""How often a segment is begun whose prover is killed, before the run ends: nobody kills one thrice by chance."""
+LOOK_SECONDS = 5.0
+"""After which it is asked again how many provers there are."""
+
+
 def prove_chain(
     chain: ProvableChain,
     pieces: Iterable[IntArray],
     folder: Path,
     *,
     prompt: int = 0,
-    workers: int = 1,
+    provers: Provers | None = None,
     tell: Callable[[int, bool], None] = lambda done, more: None,
     timeout: float | None = None,
 ) -> ChainResult:
     """Prove a sequence as a chain, or go on with one that was begun, and verify it.
 
-    Witnesses are computed in order, no more than one ahead of the provers: the memory does not grow with the
+    Witnesses are computed in order, no more than the provers have room for: the memory does not grow with the
     length, and segments of a stream are proved while it lasts.
 
     Args:
         chain: the circuits.
-        pieces: of the input, int64 [any number of steps, ...]; private values never leave this machine.
+        pieces: of the input, int64 [any number of steps, ...]; private values go to the provers, nowhere else.
         folder: keeps finished segments, and the secret of the chain.
         prompt: where generation is proved, the steps that were given: 1 or more, fewer than all.
-        workers: segments that are proved at a time, fewer if they would not fit the memory.
+        provers: who proves the segments, entered and left by the caller; default: one process at a time on
+            this machine.
         tell: told how many segments are done, and whether more are to come.
         timeout: seconds before giving a segment up.
 
     Raises:
         MambaintError: if the folder is of another package, or a segment cannot be proved.
     """
+    if provers is None:
+        with LocalProvers() as own:
+            return prove_chain(
+                chain, pieces, folder, prompt=prompt, provers=own, tell=tell, timeout=timeout
+            )
     package = decode_chain_package(chain.package, "made here")
     digest = hashlib.sha256(chain.package).hexdigest()
     if (prompt > 0) != chain.greedy:
@@ -450,44 +464,19 @@ def prove_chain(
         )
     secret = _secret(folder, digest)
     started = time.perf_counter()
-    answers: list[dict[str, Any]] = []
-    done: dict[int, SegmentProof] = {}
+    run = _Run(folder, provers, _needed(chain), tell, timeout)
     steps = 0
-
-    def one(job: Job) -> None:
-        path = folder / job.name
-        found = _finished(path, job)
-        if found is None:
-            answer = prove_witness(job.circuit.lowered.circuit, job.witness, job.circuit.keys, timeout)
-            answers.append(answer)
-            found = _segment_proof(job.witness, bytes.fromhex(answer["proof"]))
-            write_bytes(path, canonical_json(found.document))
-        done[job.place[1]] = found
-
-    workers = fitting(workers, chain)
-    with ThreadPoolExecutor(workers) as pool:
-        running: set[Future[None]] = set()
-
-        def wait_for(count: int) -> None:
-            """Until at most so many run; the first fault of any is raised."""
-            while len(running) > count:
-                ended, _ = wait(running, return_when=FIRST_COMPLETED)
-                for future in ended:
-                    running.discard(future)
-                    future.result()
-                tell(len(done), bool(running))
-
-        try:
-            for job in jobs_of(chain, pieces, secret, prompt):
-                steps = job.place[1] * chain.steps + job.place[2]
-                wait_for(workers)
-                running.add(pool.submit(one, job))
-            wait_for(0)
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
+    try:
+        for job in jobs_of(chain, pieces, secret, prompt):
+            steps = job.place[1] * chain.steps + job.place[2]
+            run.add(job)
+        run.finish()
+    except BaseException:
+        provers.abandon()
+        run.keep()
+        raise
     wall = time.perf_counter() - started
-    segments = tuple(done[i] for i in range(len(done)))
+    segments = tuple(run.done[i] for i in range(len(run.done)))
     proof = ChainProof(package.model_id, digest, secret.number, steps, prompt, segments).encode()
     verdict = check_chain(proof, package, digest)
     if not verdict.valid:
@@ -499,20 +488,88 @@ def prove_chain(
         file=proof,
         steps=steps,
         segments=len(segments),
-        proved=len(answers),
-        prove_seconds=sum(answer["prove_seconds"] for answer in answers),
+        proved=len(run.answers),
+        prove_seconds=sum(answer["prove_seconds"] for answer in run.answers),
+        job_seconds=tuple(answer["job_seconds"] for answer in run.answers),
         wall_seconds=wall,
-        peak_bytes=max((answer["peak_bytes"] for answer in answers), default=0),
+        peak_bytes=max((answer["peak_bytes"] for answer in run.answers), default=0),
         public=verdict.public,
     )
 
 
-def fitting(workers: int, chain: ProvableChain) -> int:
-    """As many of these workers as the free memory holds, each with one proof; at least one."""
+class _Run:
+    """The segments of one run: those in flight, and those that are done.
+
+    Args:
+        folder, provers, tell, timeout: as of :func:`prove_chain`. needed: bytes of memory of one proof.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        provers: Provers,
+        needed: int,
+        tell: Callable[[int, bool], None],
+        timeout: float | None,
+    ) -> None:
+        self._folder, self._provers, self._needed = folder, provers, needed
+        self._tell, self._timeout = tell, timeout
+        self._flying: dict[Future[dict[str, Any]], tuple[Job, int]] = {}
+        self.done: dict[int, SegmentProof] = {}
+        self.answers: list[dict[str, Any]] = []
+
+    def add(self, job: Job) -> None:
+        """Begin a segment as soon as there is room, or find that it is done."""
+        found = _finished(self._folder / job.name, job)
+        if found is not None:
+            self.done[job.place[1]] = found
+            return
+        while len(self._flying) >= self._provers.room(self._needed):
+            self._wait()
+        self._begin(job, 1)
+
+    def finish(self) -> None:
+        """Wait for all that are in flight."""
+        while self._flying:
+            self._provers.room(self._needed)
+            self._wait()
+
+    def _begin(self, job: Job, tries: int) -> None:
+        circuit = job.circuit
+        future = self._provers.submit(circuit.lowered.circuit, job.witness, circuit.keys, self._timeout)
+        self._flying[future] = job, tries
+
+    def _wait(self) -> None:
+        """Until one ends, or for a while; the fault of any is raised, but that a prover was killed."""
+        ended, _ = wait(self._flying, timeout=LOOK_SECONDS, return_when=FIRST_COMPLETED)
+        self.keep(ended)
+        for future in ended:
+            job, tries = self._flying.pop(future)
+            fault = future.exception()
+            if isinstance(fault, JobKilled) and tries < TRIES:
+                self._begin(job, tries + 1)
+            elif fault is not None:
+                raise fault
+        if ended and self.done:
+            self._tell(len(self.done), bool(self._flying))
+
+    def keep(self, ended: Iterable[Future[dict[str, Any]]] | None = None) -> None:
+        """Write those of these that were proved; default: of all that are in flight."""
+        for future in self._flying if ended is None else ended:
+            job, _ = self._flying[future]
+            if not future.done() or future.cancelled() or future.exception() is not None:
+                continue
+            answer = future.result()
+            proved = _segment_proof(job.witness, bytes.fromhex(answer["proof"]))
+            write_bytes(self._folder / job.name, canonical_json(proved.document))
+            self.answers.append(answer)
+            self.done[job.place[1]] = proved
+
+
+def _needed(chain: ProvableChain) -> int:
+    """Bytes of memory that a proof of any segment takes."""
     circuits = (chain.segment, *([] if chain.head is None else [chain.head]))
-    needed = max(circuit.keys.peak_bytes for circuit in circuits)
-    free = available_memory()
-    return workers if free is None else max(1, min(workers, free // needed))
+    return max(circuit.keys.peak_bytes for circuit in circuits)
 
 
 def _segment_proof(witness: Witness, proof: bytes) -> SegmentProof:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import signal
 import stat
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from subprocess import Popen
 from typing import Any
 
 import numpy as np
@@ -23,10 +27,12 @@ from mamba_int.graph import Graph, IntArray
 from mamba_int.interpreter import evaluate
 from tests.circuits.conftest import GRAPHS
 from tests.circuits_runtime.models import random_graph
+from zk import local_provers
 from zk import prove_chain as proving
 from zk.chain_package import ChainPackage, decode_chain_package
 from zk.chain_proof import ChainProof, SegmentProof, decode_chain_proof
 from zk.keys import Keys
+from zk.local_provers import LocalProvers
 from zk.prove import mock, prove_witness
 from zk.prove_chain import (
     ChainSecret,
@@ -238,16 +244,18 @@ def test_killed_run_goes_on_and_proves_nothing_twice(
 ) -> None:
     honest, calls = prove_witness, []
 
-    def killed(circuit: Circuit, witness: Witness, keys: Keys, timeout: float | None) -> dict[str, Any]:
+    def killed(
+        circuit: Circuit, witness: Witness, keys: Keys, timeout: float | None, **how: Any
+    ) -> dict[str, Any]:
         if len(calls) == 1:
             raise KeyboardInterrupt
         calls.append(witness)
-        return honest(circuit, witness, keys, timeout)
+        return honest(circuit, witness, keys, timeout, **how)
 
-    monkeypatch.setattr(proving, "prove_witness", killed)
+    monkeypatch.setattr(local_provers, "prove_witness", killed)
     with pytest.raises(KeyboardInterrupt):
         prove_chain(chains.chain, [chains.inputs], tmp_path / "c")
-    monkeypatch.setattr(proving, "prove_witness", honest)
+    monkeypatch.setattr(local_provers, "prove_witness", honest)
     result = prove_chain(chains.chain, [chains.inputs], tmp_path / "c")
     assert (result.segments, result.proved) == (3, 2)
     assert chains.verdict(decode_chain_proof(result.file)).valid
@@ -259,6 +267,76 @@ def test_killed_run_goes_on_and_proves_nothing_twice(
     files[1].write_bytes(files[2].read_bytes())
     again = prove_chain(chains.chain, [chains.inputs], tmp_path / "c")
     assert again.proved == 2 and chains.verdict(decode_chain_proof(again.file)).valid
+
+
+def assassin(monkeypatch: pytest.MonkeyPatch, kills: int) -> list[Witness]:
+    """SIGKILL for the first provers to be started; the witnesses of all."""
+    honest, calls = prove_witness, []
+
+    def proved(
+        circuit: Circuit,
+        witness: Witness,
+        keys: Keys,
+        timeout: float | None,
+        started: Callable[[Popen[bytes]], None],
+    ) -> dict[str, Any]:
+        calls.append(witness)
+        kill = len(calls) <= kills
+
+        def born(child: Popen[bytes]) -> None:
+            started(child)
+            if kill:
+                child.kill()
+
+        return honest(circuit, witness, keys, timeout, started=born)
+
+    monkeypatch.setattr(local_provers, "prove_witness", proved)
+    return calls
+
+
+def test_segment_whose_prover_is_killed_is_proved_again_but_not_for_ever(
+    chains: Chains, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    calls = assassin(monkeypatch, 2)
+    result = prove_chain(chains.chain, [chains.inputs], tmp_path / "c")
+    assert (result.segments, result.proved, len(calls)) == (3, 3, 5)
+    assert chains.verdict(decode_chain_proof(result.file)).valid
+    calls = assassin(monkeypatch, 99)
+    with pytest.raises(MambaintError, match="lack of memory"):
+        prove_chain(chains.chain, [chains.inputs[:4]], tmp_path / "d")
+    assert len(calls) == proving.TRIES
+
+
+def test_fault_or_interrupt_stops_the_provers_at_once(
+    chains: Chains, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    children: list[Popen[bytes]] = []
+    honest = prove_witness
+
+    def slow(
+        circuit: Circuit,
+        witness: Witness,
+        keys: Keys,
+        timeout: float | None,
+        started: Callable[[Popen[bytes]], None],
+    ) -> dict[str, Any]:
+        def stopped(child: Popen[bytes]) -> None:
+            os.kill(child.pid, signal.SIGSTOP)
+            children.append(child)
+            started(child)
+
+        return honest(circuit, witness, keys, timeout, started=stopped)
+
+    def interrupted() -> Iterator[IntArray]:
+        yield chains.inputs[:9]
+        while len(children) < 2:
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(local_provers, "prove_witness", slow)
+    with LocalProvers(2) as provers, pytest.raises(KeyboardInterrupt):
+        prove_chain(chains.chain, interrupted(), tmp_path / "c", provers=provers)
+    assert [child.returncode for child in children] == [-signal.SIGKILL] * 2
 
 
 def test_input_begun_in_the_folder_of_another_shares_no_segment_and_no_salt(
@@ -279,11 +357,13 @@ def test_stream_is_proved_while_it_lasts_and_closed_at_any_time(
 ) -> None:
     honest, begun = prove_witness, threading.Event()
 
-    def told(circuit: Circuit, witness: Witness, keys: Keys, timeout: float | None) -> dict[str, Any]:
+    def told(
+        circuit: Circuit, witness: Witness, keys: Keys, timeout: float | None, **how: Any
+    ) -> dict[str, Any]:
         begun.set()
-        return honest(circuit, witness, keys, timeout)
+        return honest(circuit, witness, keys, timeout, **how)
 
-    monkeypatch.setattr(proving, "prove_witness", told)
+    monkeypatch.setattr(local_provers, "prove_witness", told)
 
     def arriving() -> Iterator[IntArray]:
         for t in range(LENGTH):
@@ -332,8 +412,9 @@ def test_package_is_that_of_the_model_down_to_the_first_state(
 def test_no_more_workers_than_the_memory_holds(chains: Chains, monkeypatch: pytest.MonkeyPatch) -> None:
     needed = chains.chain.segment.keys.peak_bytes
     for free, workers in ((3 * needed, 3), (3 * needed - 1, 2), (1, 1), (None, 8)):
-        monkeypatch.setattr(proving, "available_memory", lambda free=free: free)
-        assert proving.fitting(8, chains.chain) == workers
+        monkeypatch.setattr(local_provers, "available_memory", lambda free=free: free)
+        with LocalProvers(8) as provers:
+            assert provers.room(needed) == workers + 1
 
 
 @pytest.mark.parametrize("hidden", [False, True])

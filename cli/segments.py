@@ -35,10 +35,11 @@ def prove_in_segments(
     """Prove, write the proof and verifier.zip, and print what was done; without a path of a stream."""
     from circuits.segment import Segment, reduction
     from mamba_int.errors import MambaintError
-    from mamba_int.files import write_bytes
+    from mamba_int.files import move, write_bytes
     from mamba_int.graph import Graph
     from quantize.input_file import read_input, read_steps
     from zk.chain_cut import Cut, pick_cut
+    from zk.local_provers import LocalProvers
     from zk.prove_chain import prepare_chain, prove_chain
 
     graph = Graph.load(model)
@@ -83,11 +84,13 @@ def prove_in_segments(
 
         say("proving")
         pieces = read_steps(sys.stdin, graph) if inputs is None else [inputs]
-        proof = prove_chain(chain, pieces, folder, prompt=prompt, workers=workers, tell=tell)
+        with LocalProvers(workers) as provers:
+            proof = prove_chain(chain, pieces, folder, prompt=prompt, provers=provers, tell=tell)
     verifier = out.parent / "verifier.zip"
     write_bytes(verifier, chain.package)
-    write_bytes(out, proof.file)
+    move(proof.file, out)
     shutil.rmtree(folder, ignore_errors=True)
+    size = out.stat().st_size
 
     keys = [circuit.keys for circuit in chain.circuits]
     circuit = max((part.lowered.circuit for part in chain.circuits), key=lambda part: part.rows)
@@ -104,7 +107,7 @@ def prove_in_segments(
         "prove_seconds": round(proof.prove_seconds, 3),
         "wall_seconds": round(proof.wall_seconds, 3),
         "peak_bytes": proof.peak_bytes,
-        "file_bytes": len(proof.file),
+        "file_bytes": size,
         "outputs": proof.public.get("logits", []),
         "generated": proof.public.get("tokens"),
         "input_is_public": options.public_input,
@@ -127,7 +130,7 @@ def prove_in_segments(
     if prompt:
         click.echo(f"generated {proof.steps - prompt} tokens, greedily, from a prompt of {prompt}")
     click.echo(f"model     {graph.model_id}")
-    click.echo(f"proof     {out} ({len(proof.file):,} bytes)")
+    click.echo(f"proof     {out} ({size:,} bytes)")
     click.echo(f"verifier  {verifier}")
     if keys[0].srs.kind == "development":
         click.echo(DEVELOPMENT_NOTE)

@@ -37,11 +37,12 @@ def prove_in_segments(
     """Prove, write the proof and verifier.zip, and print what was done; without a path of a stream."""
     from circuits.segment import Segment, reduction
     from mamba_int.errors import MambaintError
-    from mamba_int.files import write_bytes
+    from mamba_int.files import move, write_bytes
     from mamba_int.graph import Graph
     from quantize.input_file import read_input, read_steps
     from zk.chain_cut import Cut, pick_cut
     from zk.chain_package import decode_chain_package
+    from zk.local_provers import LocalProvers
     from zk.prove_chain import prepare_chain, prove_chain
 
     graph = Graph.load(model)
@@ -89,11 +90,13 @@ def prove_in_segments(
 
         say("proving")
         pieces = read_steps(sys.stdin, graph) if inputs is None else [inputs]
-        proof = prove_chain(chain, pieces, folder, prompt=prompt, workers=workers, tell=tell)
+        with LocalProvers(workers) as provers:
+            proof = prove_chain(chain, pieces, folder, prompt=prompt, provers=provers, tell=tell)
     verifier = out.parent / "verifier.zip"
     write_bytes(verifier, chain.package)
-    write_bytes(out, proof.file)
+    move(proof.file, out)
     shutil.rmtree(folder, ignore_errors=True)
+    size = out.stat().st_size
 
     score = None
     if scored:
@@ -114,7 +117,7 @@ def prove_in_segments(
         "prove_seconds": round(proof.prove_seconds, 3),
         "wall_seconds": round(proof.wall_seconds, 3),
         "peak_bytes": proof.peak_bytes,
-        "file_bytes": len(proof.file),
+        "file_bytes": size,
         "outputs": proof.public.get("logits", []),
         "generated": proof.public.get("tokens"),
         "score": score,
@@ -140,7 +143,7 @@ def prove_in_segments(
     if score is not None:
         click.echo(f"score     {score_line(score)}")
     click.echo(f"model     {graph.model_id}")
-    click.echo(f"proof     {out} ({len(proof.file):,} bytes)")
+    click.echo(f"proof     {out} ({size:,} bytes)")
     click.echo(f"verifier  {verifier}")
     if keys[0].srs.kind == "development":
         click.echo(DEVELOPMENT_NOTE)

@@ -7,6 +7,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,14 +18,28 @@ from mamba_int.errors import MambaintError
 _SOURCE_ROOT = Path(__file__).resolve().parent.parent
 
 
-def _environment() -> dict[str, str]:
+class JobKilled(MambaintError):
+    """The process of a job was killed, by somebody or for lack of memory: trying once more may help."""
+
+
+def _environment(threads: int | None) -> dict[str, str]:
     # EZKL changes its behaviour by variables of its own (key format, lookup cache); none may leak in.
     kept = {k: v for k, v in os.environ.items() if not k.startswith("EZKL_") and k != "LOOKUP_CACHE"}
+    if threads is not None:
+        kept["RAYON_NUM_THREADS"] = str(threads)
     kept["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_SOURCE_ROOT), kept.get("PYTHONPATH")]))
     return kept
 
 
-def run_job(kind: str, job: dict[str, Any], *, what: str, timeout: float) -> dict[str, Any]:
+def run_job(
+    kind: str,
+    job: dict[str, Any],
+    *,
+    what: str,
+    timeout: float,
+    threads: int | None = None,
+    started: Callable[[subprocess.Popen[bytes]], None] = lambda child: None,
+) -> dict[str, Any]:
     """Run one job of ``zk.worker`` in a child process and return its answer.
 
     Args:
@@ -31,13 +47,18 @@ def run_job(kind: str, job: dict[str, Any], *, what: str, timeout: float) -> dic
         job: its arguments, JSON-able.
         what: what the job does, for messages ("proving").
         timeout: seconds after which the child is killed.
+        threads: of EZKL; default: one for every core.
+        started: told of the child, so that another thread can kill it.
 
     Returns:
-        The job's answer; ``peak_bytes`` is added: the child's largest resident memory, in bytes.
+        The job's answer; two are added: ``peak_bytes``, the child's largest resident memory, and
+        ``job_seconds``, from its start to its end.
 
     Raises:
-        MambaintError: the job's own fault, a crash, a kill for lack of memory, or the timeout.
+        JobKilled: if the child was killed.
+        MambaintError: the job's own fault, a crash, lack of memory, or the timeout.
     """
+    begun = time.perf_counter()
     with TemporaryDirectory(prefix="mambaint-") as scratch:
         request = json.dumps({"kind": kind, "scratch": scratch, "job": job})
         try:
@@ -46,7 +67,7 @@ def run_job(kind: str, job: dict[str, Any], *, what: str, timeout: float) -> dic
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
-                env=_environment(),
+                env=_environment(threads),
                 start_new_session=True,
             )
         except OSError as error:
@@ -55,6 +76,7 @@ def run_job(kind: str, job: dict[str, Any], *, what: str, timeout: float) -> dic
             ) from error
         with child:
             try:
+                started(child)
                 answer, log = child.communicate(request.encode(), timeout=timeout)
             except subprocess.TimeoutExpired as error:
                 raise MambaintError(
@@ -66,16 +88,15 @@ def run_job(kind: str, job: dict[str, Any], *, what: str, timeout: float) -> dic
                 if child.poll() is None:
                     os.killpg(child.pid, signal.SIGKILL)
                     child.wait()
-    return _answer(answer, log, child.returncode, what)
+    return _answer(answer, log, child.returncode, what) | {"job_seconds": time.perf_counter() - begun}
 
 
 def _answer(answer: bytes, log: bytes, code: int, what: str) -> dict[str, Any]:
-    out_of_memory = code == -signal.SIGKILL or (code == -signal.SIGABRT and b"memory allocation" in log)
-    if out_of_memory:
-        raise MambaintError(
-            f"{what} was killed, most likely for lack of memory",
-            "free some memory, or build the circuit with a smaller logrows or shorter segments",
-        )
+    remedy = "free some memory, or build the circuit with a smaller logrows or shorter segments"
+    if code == -signal.SIGKILL:
+        raise JobKilled(f"{what} was killed, most likely for lack of memory", remedy)
+    if code == -signal.SIGABRT and b"memory allocation" in log:
+        raise MambaintError(f"{what} ended for lack of memory", remedy)
     if code != 0:
         lines = log.decode(errors="replace").split("\n")
         last = next((line.strip() for line in reversed(lines) if line.strip()), "no message")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from subprocess import Popen
 from typing import Any
 
 from circuits.circuit import Circuit, Witness
@@ -85,10 +86,17 @@ def prove(
     )
 
 
-def prove_witness(circuit: Circuit, witness: Witness, keys: Keys, timeout: float | None) -> dict[str, Any]:
+def prove_witness(
+    circuit: Circuit,
+    witness: Witness,
+    keys: Keys,
+    timeout: float | None,
+    threads: int | None = None,
+    started: Callable[[Popen[bytes]], None] = lambda child: None,
+) -> dict[str, Any]:
     """The worker's answer: the proof in hexadecimal, what it cost; nothing is checked.
 
-    Args and errors as for :func:`prove`.
+    Args and errors as for :func:`prove` and :func:`zk.process.run_job`.
     """
     job = {
         "witness": pack_witness(circuit, witness),
@@ -97,7 +105,7 @@ def prove_witness(circuit: Circuit, witness: Witness, keys: Keys, timeout: float
         "srs": str(keys.srs.path),
     }
     limit = job_timeout(circuit.logrows) if timeout is None else timeout
-    return run_job("prove", job, what="proving", timeout=limit)
+    return run_job("prove", job, what="proving", timeout=limit, threads=threads, started=started)
 
 
 def mock(circuit: Circuit, witnesses: Sequence[Witness], timeout: float = 120) -> list[bool]:

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import io
 import math
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -51,25 +50,35 @@ from circuits.segment import (
 from circuits.stages import chain_forms, cut_stages
 from mamba_int.decoding_state import DecodingState
 from mamba_int.errors import MambaintError
-from mamba_int.files import canonical_json, parse_json, read_bytes, read_json, write_bytes, write_json
+from mamba_int.files import (
+    canonical_json,
+    parse_json,
+    read_bytes,
+    read_json,
+    replacing,
+    write_bytes,
+    write_json,
+)
 from mamba_int.graph import Graph, IntArray
 from mamba_int.interpreter import evaluate, evaluate_step
 from mamba_int.log_score import LogScore
 from zk import field
 from zk.chain_package import ChainPackage, decode_chain_package
-from zk.chain_proof import ChainProof, StageProof, decode_stage
-from zk.estimate import available_memory
+from zk.chain_proof import ChainHeader, StageProof, Stages, decode_stage, encoded
 from zk.identity import is_sha256
 from zk.keys import Keys, make_keys
+from zk.local_provers import LocalProvers
 from zk.package import Package
-from zk.process import run_job
+from zk.process import JobKilled, run_job
 from zk.proof import InvalidProof
 from zk.provable import statement
-from zk.prove import prove_witness
+from zk.provers import Provers
 from zk.srs import check_choice, chosen_srs
 from zk.verify_chain import check_chain, check_stage, point_of, token_flags
 
 FORMAT = "mambaint-chain-folder"
+SECRET, PROOF = "chain.json", "proof.json"
+"""In a chain's folder, beside the finished stages."""
 VERSION = 1
 PURPOSE = "secret until the chain is proved: with this seed anyone can test guesses of a hidden input"
 
@@ -130,20 +139,22 @@ class ChainResult:
     """A chain that passed its own check.
 
     Attributes:
-        file: the bytes of ``proof.json``.
+        file: ``proof.json``, in the chain's folder, to be moved from there.
         steps: of the sequence. segments: how many there are. stages: of each.
         proved: how many proofs were made now, rather than found.
         prove_seconds: of the proofs made now, in sum. wall_seconds: until all were there.
+        job_seconds: of each proof made now, as they ended: from the start of its process to its end.
         peak_bytes: largest memory of one proving process.
         public: as in the verdict.
     """
 
-    file: bytes
+    file: Path
     steps: int
     segments: int
     stages: int
     proved: int
     prove_seconds: float
+    job_seconds: tuple[float, ...]
     wall_seconds: float
     peak_bytes: int
     public: dict[str, list[int]]
@@ -517,33 +528,43 @@ def leaves(lowered: LoweredCircuit, witness: Witness, link: str) -> IntArray:
     return np.concatenate(parts)
 
 
+TRIES = 3
+"""How often a proof is begun whose prover is killed: nobody kills one thrice by chance."""
+LOOK_SECONDS = 5.0
+"""After which it is asked again how many provers there are."""
+
+
 def prove_chain(
     chain: ProvableChain,
     pieces: Iterable[IntArray],
     folder: Path,
     *,
     prompt: int = 0,
-    workers: int = 1,
+    provers: Provers | None = None,
     tell: Callable[[int, bool], None] = lambda done, more: None,
     timeout: float | None = None,
 ) -> ChainResult:
     """Prove a sequence as a chain, or go on with one that was begun, and verify it.
 
-    Witnesses are computed in order, no more than one ahead of the provers: the memory does not grow with the
+    Witnesses are computed in order, no more than the provers have room for: the memory does not grow with the
     length, and segments of a stream are proved while it lasts.
 
     Args:
         chain: the circuits.
-        pieces: of the input, int64 [any number of steps, ...]; private values never leave this machine.
+        pieces: of the input, int64 [any number of steps, ...]; private values go to the provers alone.
         folder: keeps finished segments, and the secret of the chain.
         prompt: where generation or a score is proved, the steps that were given: 1 or more, fewer than all.
-        workers: segments that are proved at a time, fewer if they would not fit the memory.
+        provers: who proves the segments, entered and left by the caller; default: one process at a time on
+            this machine.
         tell: told how many proofs are done, and whether more are to come.
         timeout: seconds before giving a segment up.
 
     Raises:
         MambaintError: if the folder is of another package, or a segment cannot be proved.
     """
+    if provers is None:
+        with LocalProvers() as own:
+            return prove_chain(chain, pieces, folder, prompt=prompt, provers=own, tell=tell, timeout=timeout)
     package = decode_chain_package(chain.package, "made here")
     digest = hashlib.sha256(chain.package).hexdigest()
     if (prompt > 0) != (chain.greedy or chain.scored):
@@ -553,69 +574,131 @@ def prove_chain(
         )
     secret = _secret(folder, digest)
     started = time.perf_counter()
-    answers: list[dict[str, Any]] = []
-    done: dict[int, dict[int, StageProof]] = {}
-    steps = 0
-
-    def one(job: Job) -> None:
-        path = folder / job.name
-        found = _finished(path, job)
-        if found is None:
-            answer = prove_witness(job.circuit.lowered.circuit, job.witness, job.circuit.keys, timeout)
-            answers.append(answer)
-            found = _stage_proof(job.witness, bytes.fromhex(answer["proof"]))
-            write_bytes(path, canonical_json(found.document))
-        done.setdefault(job.place[1], {})[job.stage] = found
-
-    workers = fitting(workers, chain)
-    with ThreadPoolExecutor(workers) as pool:
-        running: set[Future[None]] = set()
-
-        def wait_for(count: int) -> None:
-            """Until at most so many run; the first fault of any is raised."""
-            while len(running) > count:
-                ended, _ = wait(running, return_when=FIRST_COMPLETED)
-                for future in ended:
-                    running.discard(future)
-                    future.result()
-                tell(sum(map(len, done.values())), bool(running))
-
-        try:
-            for job in jobs_of(chain, pieces, secret, prompt):
-                steps = job.place[1] * chain.steps + job.place[2]
-                wait_for(workers)
-                running.add(pool.submit(one, job))
-            wait_for(0)
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
+    run = _Run(folder, provers, _needed(chain), tell, timeout)
+    steps, jobs = 0, []
+    try:
+        for job in jobs_of(chain, pieces, secret, prompt):
+            steps = job.place[1] * chain.steps + job.place[2]
+            jobs.append(job.name)
+            run.add(job)
+        run.finish()
+    except BaseException:
+        provers.abandon()
+        run.keep()
+        raise
     wall = time.perf_counter() - started
-    segments = tuple(tuple(done[i][d] for d in range(len(chain.stages))) for i in range(len(done)))
-    proof = ChainProof(package.model_id, digest, secret.number, steps, prompt, segments).encode()
-    verdict = check_chain(io.BytesIO(proof), package, digest)
+    segments = len(jobs) // len(chain.stages)
+    header = ChainHeader(package.model_id, digest, secret.number, steps, prompt)
+    file = folder / PROOF
+    with replacing(file) as temporary, temporary.open("wb") as stream:
+        stream.writelines(encoded(header, _segments(folder, jobs, len(chain.stages))))
+    with file.open("rb") as stream:
+        verdict = check_chain(stream, package, digest)
     if not verdict.valid:
         raise MambaintError(
             f"the finished chain is not valid and was discarded: {verdict.reason}",
             f"delete the folder {folder}, and prove again",
         )
     return ChainResult(
-        file=proof,
+        file=file,
         steps=steps,
-        segments=len(segments),
+        segments=segments,
         stages=len(chain.stages),
-        proved=len(answers),
-        prove_seconds=sum(answer["prove_seconds"] for answer in answers),
+        proved=len(run.answers),
+        prove_seconds=sum(answer["prove_seconds"] for answer in run.answers),
+        job_seconds=tuple(answer["job_seconds"] for answer in run.answers),
         wall_seconds=wall,
-        peak_bytes=max((answer["peak_bytes"] for answer in answers), default=0),
+        peak_bytes=max((answer["peak_bytes"] for answer in run.answers), default=0),
         public=verdict.public,
     )
 
 
-def fitting(workers: int, chain: ProvableChain) -> int:
-    """As many of these workers as the free memory holds, each with one proof; at least one."""
-    needed = max(circuit.keys.peak_bytes for circuit in chain.circuits)
-    free = available_memory()
-    return workers if free is None else max(1, min(workers, free // needed))
+class _Run:
+    """The segments of one run: those in flight, and those that are done.
+
+    Args:
+        folder, provers, tell, timeout: as of :func:`prove_chain`. needed: bytes of memory of one proof.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        provers: Provers,
+        needed: int,
+        tell: Callable[[int, bool], None],
+        timeout: float | None,
+    ) -> None:
+        self._folder, self._provers, self._needed = folder, provers, needed
+        self._tell, self._timeout = tell, timeout
+        self._flying: dict[Future[dict[str, Any]], tuple[Job, int]] = {}
+        self._done = 0
+        self.answers: list[dict[str, Any]] = []
+
+    def add(self, job: Job) -> None:
+        """Begin a segment as soon as there is room, or find that it is done."""
+        if _finished(self._folder / job.name, job):
+            self._done += 1
+            return
+        while len(self._flying) >= self._provers.room(self._needed):
+            self._wait()
+        self._begin(job, 1)
+
+    def finish(self) -> None:
+        """Wait for all that are in flight."""
+        while self._flying:
+            self._provers.room(self._needed)
+            self._wait()
+
+    def _begin(self, job: Job, tries: int) -> None:
+        circuit = job.circuit
+        future = self._provers.submit(circuit.lowered.circuit, job.witness, circuit.keys, self._timeout)
+        self._flying[future] = job, tries
+
+    def _wait(self) -> None:
+        """Until one ends, or for a while; the fault of any is raised, but that a prover was killed."""
+        ended, _ = wait(self._flying, timeout=LOOK_SECONDS, return_when=FIRST_COMPLETED)
+        landed = [(future, *self._flying.pop(future)) for future in ended]
+        for future, job, _ in landed:
+            self._keep(future, job)
+        for future, job, tries in landed:
+            fault = future.exception()
+            if isinstance(fault, JobKilled) and tries < TRIES:
+                self._begin(job, tries + 1)
+            elif fault is not None:
+                raise fault
+        if landed and self._done:
+            self._tell(self._done, bool(self._flying))
+
+    def keep(self) -> None:
+        """Write what was proved of those in flight, before they are given up."""
+        for future, (job, _) in self._flying.items():
+            if future.done():
+                self._keep(future, job)
+
+    def _keep(self, future: Future[dict[str, Any]], job: Job) -> None:
+        """Write the proof of one that has ended, if it has made any."""
+        if future.cancelled() or future.exception() is not None:
+            return
+        answer = future.result()
+        proved = _stage_proof(job.witness, bytes.fromhex(answer.pop("proof")))
+        write_bytes(self._folder / job.name, canonical_json(proved.document))
+        self.answers.append(answer)
+        self._done += 1
+
+
+def _needed(chain: ProvableChain) -> int:
+    """Bytes of memory that a proof of any stage takes."""
+    return max(circuit.keys.peak_bytes for circuit in chain.circuits)
+
+
+def _segments(folder: Path, names: list[str], stages: int) -> Iterator[Stages]:
+    """The segments that a folder holds, from these files in order."""
+    for first in range(0, len(names), stages):
+        yield tuple(_read_stage(folder / name) for name in names[first : first + stages])
+
+
+def _read_stage(path: Path) -> StageProof:
+    return decode_stage(parse_json(read_bytes(path, "prove again"), str(path)))
 
 
 def _stage_proof(witness: Witness, proof: bytes) -> StageProof:
@@ -626,16 +709,15 @@ def _stage_proof(witness: Witness, proof: bytes) -> StageProof:
     return StageProof(shown, state, activations, proof)
 
 
-def _finished(path: Path, job: Job) -> StageProof | None:
-    """A stage that an earlier run has proved; None if there is none, or it is not what it has to be."""
-    witness = job.witness
+def _finished(path: Path, job: Job) -> bool:
+    """Whether an earlier run has proved a stage, and the file is still what it has to be."""
     if not path.exists():
-        return None
+        return False
+    witness, trusted = job.witness, job.circuit.package
     try:
-        found = decode_stage(parse_json(read_bytes(path, ""), str(path)))
+        found = _read_stage(path)
         if found != _stage_proof(witness, found.proof):
-            return None
-        trusted = job.circuit.package
+            return False
         # Whether a commitment is that of the circuit before is seen when the chain is whole.
         before, received = (
             point_of(found, trusted, name) or tuple(witness.public.get(name, []))
@@ -643,13 +725,13 @@ def _finished(path: Path, job: Job) -> StageProof | None:
         )
         check_stage(found, job.place, before, received, trusted, job.flags)
     except (InvalidProof, MambaintError):
-        return None
-    return found
+        return False
+    return True
 
 
 def _secret(folder: Path, digest: str) -> ChainSecret:
     """The secret of the chain that a folder holds, drawn now if it holds none."""
-    path = folder / "chain.json"
+    path = folder / SECRET
     if not path.exists():
         fresh = {
             "format": FORMAT,

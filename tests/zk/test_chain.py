@@ -5,12 +5,16 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
+import signal
 import stat
 import threading
+import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from subprocess import Popen
 from typing import Any
 
 import numpy as np
@@ -25,6 +29,7 @@ from mamba_int.graph import Graph, IntArray
 from mamba_int.interpreter import evaluate
 from tests.circuits.conftest import GRAPHS
 from tests.circuits_runtime.models import random_graph
+from zk import local_provers
 from zk import prove_chain as proving
 from zk.chain_cut import BYTES_PER_ROW, Cut, pick_cut
 from zk.chain_package import ChainPackage, decode_chain_package
@@ -38,9 +43,12 @@ from zk.chain_proof import (
     read_chain,
 )
 from zk.keys import Keys
+from zk.local_provers import LocalProvers
 from zk.proof import InvalidProof
 from zk.prove import mock, prove_witness
 from zk.prove_chain import (
+    PROOF,
+    SECRET,
     ChainSecret,
     ProvableChain,
     StageCircuit,
@@ -120,7 +128,7 @@ def chains(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         files = [prove_chain(chain, [tokens(seed)], folder / str(seed)).file for seed in (0, 1)]
     package = decode_chain_package(chain.package, "test")
     digest = hashlib.sha256(chain.package).hexdigest()
-    first, second = (decode_chain_proof(file) for file in files)
+    first, second = (decode_chain_proof(file.read_bytes()) for file in files)
     return Chains(chain, package, digest, first, second, tokens(0))
 
 
@@ -237,7 +245,7 @@ def test_segment_of_another_length_is_of_another_package(
 ) -> None:
     monkeypatch.setenv("MAMBAINT_CACHE", str(cache))
     other = prepare_chain(chains.chain.graph, 8, public_states=not chains.chain.hidden)
-    proof = decode_chain_proof(prove_chain(other, [chains.inputs], tmp_path / "c").file)
+    proof = decode_chain_proof(prove_chain(other, [chains.inputs], tmp_path / "c").file.read_bytes())
     assert not chains.verdict(proof).valid
     for steps in (4, 8):
         forged = replace(proof, verifier_package=chains.digest, segments=proof.segments[:1], steps=steps)
@@ -250,7 +258,7 @@ def test_chain_of_another_model_is_refused_under_a_forged_name(
     monkeypatch.setenv("MAMBAINT_CACHE", str(cache))
     graph, _ = random_graph(1, **TEXT)
     chain = prepare_chain(graph, 4, public_states=not chains.chain.hidden)
-    other = decode_chain_proof(prove_chain(chain, [tokens(0)[:4]], tmp_path / "c").file)
+    other = decode_chain_proof(prove_chain(chain, [tokens(0)[:4]], tmp_path / "c").file.read_bytes())
     assert other.model_id != chains.first.model_id
     forged = replace(other, model_id=chains.first.model_id, verifier_package=chains.digest)
     assert "segment 0" in chains.verdict(forged).reason
@@ -261,27 +269,99 @@ def test_killed_run_goes_on_and_proves_nothing_twice(
 ) -> None:
     honest, calls = prove_witness, []
 
-    def killed(circuit: Circuit, witness: Witness, keys: Keys, timeout: float | None) -> dict[str, Any]:
+    def killed(
+        circuit: Circuit, witness: Witness, keys: Keys, timeout: float | None, **how: Any
+    ) -> dict[str, Any]:
         if len(calls) == 1:
             raise KeyboardInterrupt
         calls.append(witness)
-        return honest(circuit, witness, keys, timeout)
+        return honest(circuit, witness, keys, timeout, **how)
 
-    monkeypatch.setattr(proving, "prove_witness", killed)
+    monkeypatch.setattr(local_provers, "prove_witness", killed)
     with pytest.raises(KeyboardInterrupt):
         prove_chain(chains.chain, [chains.inputs], tmp_path / "c")
-    monkeypatch.setattr(proving, "prove_witness", honest)
+    monkeypatch.setattr(local_provers, "prove_witness", honest)
     result = prove_chain(chains.chain, [chains.inputs], tmp_path / "c")
     assert (result.segments, result.proved) == (3, 2)
-    assert chains.verdict(decode_chain_proof(result.file)).valid
+    assert chains.verdict(decode_chain_proof(result.file.read_bytes())).valid
     assert stat.S_IMODE((tmp_path / "c/chain.json").stat().st_mode) == 0o600
     # What was damaged, or is of another place, is proved again.
-    files = [path for path in (tmp_path / "c").iterdir() if path.name != "chain.json"]
+    files = [path for path in (tmp_path / "c").iterdir() if path.name not in (SECRET, PROOF)]
     assert len(files) == 3
     files[0].write_bytes(files[0].read_bytes()[:-9])
     files[1].write_bytes(files[2].read_bytes())
     again = prove_chain(chains.chain, [chains.inputs], tmp_path / "c")
-    assert again.proved == 2 and chains.verdict(decode_chain_proof(again.file)).valid
+    assert again.proved == 2 and chains.verdict(decode_chain_proof(again.file.read_bytes())).valid
+
+
+def assassin(monkeypatch: pytest.MonkeyPatch, kills: int) -> list[Witness]:
+    """SIGKILL for the first provers to be started; the witnesses of all."""
+    honest, calls = prove_witness, []
+
+    def proved(
+        circuit: Circuit,
+        witness: Witness,
+        keys: Keys,
+        timeout: float | None,
+        started: Callable[[Popen[bytes]], None],
+    ) -> dict[str, Any]:
+        calls.append(witness)
+        kill = len(calls) <= kills
+
+        def born(child: Popen[bytes]) -> None:
+            started(child)
+            if kill:
+                child.kill()
+
+        return honest(circuit, witness, keys, timeout, started=born)
+
+    monkeypatch.setattr(local_provers, "prove_witness", proved)
+    return calls
+
+
+def test_segment_whose_prover_is_killed_is_proved_again_but_not_for_ever(
+    chains: Chains, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    calls = assassin(monkeypatch, 2)
+    result = prove_chain(chains.chain, [chains.inputs], tmp_path / "c")
+    assert (result.segments, result.proved, len(calls)) == (3, 3, 5)
+    assert chains.verdict(decode_chain_proof(result.file.read_bytes())).valid
+    calls = assassin(monkeypatch, 99)
+    with pytest.raises(MambaintError, match="lack of memory"):
+        prove_chain(chains.chain, [chains.inputs[:4]], tmp_path / "d")
+    assert len(calls) == proving.TRIES
+
+
+def test_fault_or_interrupt_stops_the_provers_at_once(
+    chains: Chains, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    children: list[Popen[bytes]] = []
+    honest = prove_witness
+
+    def slow(
+        circuit: Circuit,
+        witness: Witness,
+        keys: Keys,
+        timeout: float | None,
+        started: Callable[[Popen[bytes]], None],
+    ) -> dict[str, Any]:
+        def stopped(child: Popen[bytes]) -> None:
+            os.kill(child.pid, signal.SIGSTOP)
+            children.append(child)
+            started(child)
+
+        return honest(circuit, witness, keys, timeout, started=stopped)
+
+    def interrupted() -> Iterator[IntArray]:
+        yield chains.inputs[:9]
+        while len(children) < 2:
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(local_provers, "prove_witness", slow)
+    with LocalProvers(2) as provers, pytest.raises(KeyboardInterrupt):
+        prove_chain(chains.chain, interrupted(), tmp_path / "c", provers=provers)
+    assert [child.returncode for child in children] == [-signal.SIGKILL] * 2
 
 
 def test_input_begun_in_the_folder_of_another_shares_no_segment_and_no_salt(
@@ -291,7 +371,7 @@ def test_input_begun_in_the_folder_of_another_shares_no_segment_and_no_salt(
     first = prove_chain(chains.chain, [chains.inputs], tmp_path / "c")
     second = prove_chain(chains.chain, [tokens(1)], tmp_path / "c")
     assert (first.proved, second.proved) == (3, 3)
-    assert chains.verdict(decode_chain_proof(second.file)).valid
+    assert chains.verdict(decode_chain_proof(second.file.read_bytes())).valid
     secret = ChainSecret(b"s" * 32)
     one, other = np.array([1, 2]), np.array([1, 3])
     assert secret.salts(STATE_IN, 1, 0, one) != secret.salts(STATE_IN, 1, 0, other)
@@ -304,11 +384,13 @@ def test_stream_is_proved_while_it_lasts_and_closed_at_any_time(
 ) -> None:
     honest, begun = prove_witness, threading.Event()
 
-    def told(circuit: Circuit, witness: Witness, keys: Keys, timeout: float | None) -> dict[str, Any]:
+    def told(
+        circuit: Circuit, witness: Witness, keys: Keys, timeout: float | None, **how: Any
+    ) -> dict[str, Any]:
         begun.set()
-        return honest(circuit, witness, keys, timeout)
+        return honest(circuit, witness, keys, timeout, **how)
 
-    monkeypatch.setattr(proving, "prove_witness", told)
+    monkeypatch.setattr(local_provers, "prove_witness", told)
 
     def arriving() -> Iterator[IntArray]:
         for t in range(LENGTH):
@@ -318,7 +400,7 @@ def test_stream_is_proved_while_it_lasts_and_closed_at_any_time(
 
     result = prove_chain(chains.chain, arriving(), tmp_path / "c")
     assert (result.steps, result.segments) == (LENGTH, 3)
-    verdict = chains.verdict(decode_chain_proof(result.file))
+    verdict = chains.verdict(decode_chain_proof(result.file.read_bytes()))
     assert verdict.valid and verdict.public == chains.verdict(chains.first).public
 
 
@@ -357,8 +439,9 @@ def test_package_is_that_of_the_model_down_to_the_first_state(
 def test_no_more_workers_than_the_memory_holds(chains: Chains, monkeypatch: pytest.MonkeyPatch) -> None:
     needed = chains.chain.stages[0].keys.peak_bytes
     for free, workers in ((3 * needed, 3), (3 * needed - 1, 2), (1, 1), (None, 8)):
-        monkeypatch.setattr(proving, "available_memory", lambda free=free: free)
-        assert proving.fitting(8, chains.chain) == workers
+        monkeypatch.setattr(local_provers, "available_memory", lambda free=free: free)
+        with LocalProvers(8) as provers:
+            assert provers.room(needed) == workers + 1
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def generated(tmp_path_factory: pytest.TempPathFactory) -> Generated:
         result = prove_chain(chain, [np.array(tokens)], tmp_path_factory.mktemp("c"), prompt=PROMPT)
     package = decode_chain_package(chain.package, "test")
     digest = hashlib.sha256(chain.package).hexdigest()
-    return Generated(chain, package, digest, tokens, decode_chain_proof(result.file))
+    return Generated(chain, package, digest, tokens, decode_chain_proof(result.file.read_bytes()))
 
 
 def test_text_is_shown_and_neither_prompt_nor_logits(generated: Generated) -> None:
@@ -156,7 +156,7 @@ def test_proof_of_logits_is_none_of_generation(
     monkeypatch.setenv("MAMBAINT_CACHE", str(tmp_path / "cache"))
     plain = prepare_chain(generated.chain.graph, 4)
     result = prove_chain(plain, [np.array(generated.tokens)], tmp_path / "c")
-    proof = decode_chain_proof(result.file)
+    proof = decode_chain_proof(result.file.read_bytes())
     for prompt in (0, PROMPT):
         forged = replace(proof, prompt=prompt, verifier_package=generated.digest)
         assert not generated.verdict(forged).valid

@@ -110,7 +110,7 @@ def test_scratch_folder_with_the_private_input_is_removed(
 def test_ezkl_environment_variables_do_not_reach_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EZKL_KEY_FORMAT", "processed")
     monkeypatch.setenv("LOOKUP_CACHE", "/tmp/poisoned")
-    assert not {"EZKL_KEY_FORMAT", "LOOKUP_CACHE"} & set(process._environment())
+    assert not {"EZKL_KEY_FORMAT", "LOOKUP_CACHE"} & set(process._environment(None))
 
 
 def test_ezkl_fault_is_one_line(tmp_path: Path) -> None:

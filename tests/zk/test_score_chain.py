@@ -76,10 +76,11 @@ def scored(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Scored:
         graph, _ = random_graph(0, **NARROW)
         chain = prepare_chain(graph, STEPS, scored=True)
         folder = tmp_path_factory.mktemp("chains")
-        proofs = [
-            decode_chain_proof(prove_chain(chain, [np.array(text)], folder / str(i), prompt=PROMPT).file)
+        results = [
+            prove_chain(chain, [np.array(text)], folder / str(i), prompt=PROMPT)
             for i, text in enumerate((TOKENS, OTHER))
         ]
+        proofs = [decode_chain_proof(result.file.read_bytes()) for result in results]
     digest = hashlib.sha256(chain.package).hexdigest()
     return Scored(chain, decode_chain_package(chain.package, "test"), digest, *proofs)
 
@@ -273,8 +274,8 @@ def test_text_that_is_shown_is_the_one_that_was_scored(
     package, digest = decode_chain_package(chain.package, "test"), hashlib.sha256(chain.package).hexdigest()
     # As a stream gives it.
     result = prove_chain(chain, [np.array([token]) for token in TOKENS[:6]], tmp_path / "c", prompt=1)
-    proof = decode_chain_proof(result.file)
-    verdict = check_chain(io.BytesIO(result.file), package, digest)
+    proof = decode_chain_proof(result.file.read_bytes())
+    verdict = check_chain(io.BytesIO(proof.encode()), package, digest)
     assert verdict.valid and verdict.public["input"] == TOKENS[:6]
     assert verdict.public["score"] == [score_of(chain.graph, TOKENS[:6], 1)]
     for i in range(2):

@@ -25,7 +25,7 @@ from tests.zk.test_chain import LENGTH, TEXT, Chains, altered, prove_one, tokens
 from zk.chain_package import decode_chain_package
 from zk.chain_proof import ChainProof, Stages, decode_chain_proof
 from zk.prove import mock
-from zk.prove_chain import first_state, leaves, prepare_chain, prove_chain, segment_witness
+from zk.prove_chain import PROOF, SECRET, first_state, leaves, prepare_chain, prove_chain, segment_witness
 from zk.rederive import chain_fault
 from zk.verify import Verdict
 from zk.verify_chain import check_chain
@@ -133,7 +133,7 @@ def chains(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         package = decode_chain_package(chain.package, "test")
         assert chain_fault(package, graph) == ""
     digest = hashlib.sha256(chain.package).hexdigest()
-    first, second = (decode_chain_proof(file) for file in files)
+    first, second = (decode_chain_proof(file.read_bytes()) for file in files)
     return Chains(chain, package, digest, first, second, tokens(0))
 
 
@@ -233,10 +233,10 @@ def test_package_that_skips_nodes_is_refused(
 def test_killed_run_proves_no_stage_twice(chains: Chains, tmp_path: Path) -> None:
     result = prove_chain(chains.chain, [chains.inputs], tmp_path / "c")
     assert (result.segments, result.stages, result.proved) == (3, 2, 6)
-    files = sorted(path for path in (tmp_path / "c").iterdir() if path.name != "chain.json")
+    files = sorted(path for path in (tmp_path / "c").iterdir() if path.name not in (SECRET, PROOF))
     assert len(files) == 6
     files[0].unlink()
     files[1].write_bytes(files[2].read_bytes())
     again = prove_chain(chains.chain, [chains.inputs], tmp_path / "c")
     assert again.proved == 2
-    assert check_chain(io.BytesIO(again.file), chains.package, chains.digest).valid
+    assert check_chain(io.BytesIO(again.file.read_bytes()), chains.package, chains.digest).valid

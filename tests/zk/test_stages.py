@@ -93,7 +93,7 @@ def test_more_stages_than_blocks_are_refused() -> None:
     with pytest.raises(MambaintError, match="cannot be cut into 3 stages; choose at most 2"):
         cut_stages(graph, 3)
     # Greedy decoding remembers the next token: the head can stand alone.
-    assert max(all_cuts(graph, greedy=True)) == 3
+    assert max(all_cuts(graph, reads_tokens=True)) == 3
 
 
 def test_every_activation_that_is_handed_on_is_the_one_computed() -> None:

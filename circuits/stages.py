@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from circuits.breakdown import owner_of
-from circuits.circuit import LARGEST_LOGROWS
+from circuits.circuit import LARGEST_LOGROWS, TOKENS
 from circuits.lowering import lower
-from circuits.segment import CARRYING, Segment, crossing, reduction, smallest_steps
+from circuits.segment import CARRYING, Segment, check_language_model, crossing, reduction, smallest_steps
 from mamba_int.errors import MambaintError
 from mamba_int.graph import Graph
 
@@ -74,14 +74,19 @@ def all_cuts(graph: Graph, reads_tokens: bool = False) -> Mapping[int, tuple[ran
     """The best cut into every possible number of stages; see :func:`cut_stages`.
 
     Every stage has a memory, so that its place in the chain is bound to the states beside it.
+
+    Raises:
+        MambaintError: if tokens are to be read, and it is no language model.
     """
+    if reads_tokens:
+        check_language_model(graph)
     size, ends = len(graph.nodes), reduction(graph)
     remembers = [node.op in CARRYING or node is ends for node in graph.nodes]
     # The next token is remembered too.
     remembers[-1] |= reads_tokens
     memories = np.cumsum([0, *remembers])
     places = [0, *cut_points(graph, reads_tokens), size]
-    cells = _cells_before(graph)
+    cells = _cells_before(graph, reads_tokens)
     linked = {
         i: sum(math.prod(graph.types[name].shape[1:]) for name in crossing(graph, i, reads_tokens))
         * CELLS_OF_LINK
@@ -111,13 +116,14 @@ def all_cuts(graph: Graph, reads_tokens: bool = False) -> Mapping[int, tuple[ran
     return found
 
 
-def _cells_before(graph: Graph) -> NDArray[np.float64]:
+def _cells_before(graph: Graph, reads_tokens: bool) -> NDArray[np.float64]:
     """Cells a step of all nodes before each, measured on the shortest segment."""
     steps = smallest_steps(graph)
-    lowered = lower(graph, LARGEST_LOGROWS, False, True, segment=Segment(steps))
+    # A score costs as much as an argmax.
+    lowered = lower(graph, LARGEST_LOGROWS, False, True, segment=Segment(steps, greedy=reads_tokens))
     position = {node.name: i for i, node in enumerate(graph.nodes)}
     cells = np.zeros(len(graph.nodes) + 1)
     for part, kinds in lowered.cost.items():
-        owner = owner_of(part, position)
+        owner = graph.output if part == TOKENS else owner_of(part, position)
         cells[1 + (position[owner] if owner else 0)] += sum(kinds.values()) / steps
     return np.cumsum(cells)

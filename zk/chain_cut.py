@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from circuits.cells import CircuitTooNarrow
 from circuits.circuit import LARGEST_LOGROWS, SMALLEST_LOGROWS
 from circuits.lowering import MARGIN_ROWS, lower
-from circuits.segment import Segment, check_steps, reduction, step_unit
+from circuits.segment import Segment, check_language_model, check_steps, reduction, step_unit
 from circuits.stages import all_cuts, chain_forms, cut_stages
 from mamba_int.errors import MambaintError
 from mamba_int.graph import Graph
@@ -72,8 +72,10 @@ def pick_cut(
         say: told what is being done.
 
     Raises:
-        MambaintError: if no segment of the model fits that memory.
+        MambaintError: if no segment of the model fits that memory, or its tokens cannot be read.
     """
+    if form.reads_tokens:
+        check_language_model(graph)
     free = available_memory() if memory is None else memory
     most = LARGEST_LOGROWS if free is None else largest_logrows(free)
     if stages is not None:

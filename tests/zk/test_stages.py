@@ -22,6 +22,7 @@ from mamba_int.graph import Graph, IntArray
 from mamba_int.interpreter import evaluate
 from tests.circuits_runtime.models import random_graph
 from tests.zk.test_chain import LENGTH, TEXT, Chains, altered, prove_one, tokens, with_segments
+from zk.chain_cut import pick_cut
 from zk.chain_package import decode_chain_package
 from zk.chain_proof import ChainProof, Stages, decode_chain_proof
 from zk.prove import mock
@@ -94,6 +95,16 @@ def test_more_stages_than_blocks_are_refused() -> None:
         cut_stages(graph, 3)
     # Greedy decoding remembers the next token: the head can stand alone.
     assert max(all_cuts(graph, reads_tokens=True)) == 3
+
+
+def test_tokens_of_a_model_that_has_none_are_one_line() -> None:
+    graph, _ = random_graph(0, n_layer=2, pooling="last", chunk_size=4)
+    for call in (
+        lambda: cut_stages(graph, 2, True),
+        lambda: pick_cut(graph, 8, Segment(0, greedy=True), stages=1),
+    ):
+        with pytest.raises(MambaintError, match="no language model"):
+            call()
 
 
 def test_every_activation_that_is_handed_on_is_the_one_computed() -> None:

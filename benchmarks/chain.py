@@ -32,6 +32,7 @@ from mamba_int.model import MambaInt
 from mamba_int.native import build_nodes
 from mamba_int.passes import optimize
 from zk.chain_package import decode_chain_package
+from zk.local_provers import LocalProvers
 from zk.prove_chain import ProvableChain, prepare_chain, prove_chain
 from zk.verify_chain import check_chain
 
@@ -85,8 +86,8 @@ def run(chain: ProvableChain, length: int, workers: int) -> dict[str, Any]:
     """Prove and verify so many random tokens."""
     vocabulary = chain.graph.input.integer("high") + 1
     tokens = np.random.default_rng(length).integers(0, vocabulary, length)
-    with TemporaryDirectory(prefix="mambaint-bench-") as folder:
-        proof = prove_chain(chain, [tokens], Path(folder), workers=workers)
+    with TemporaryDirectory(prefix="mambaint-bench-") as folder, LocalProvers(workers) as provers:
+        proof = prove_chain(chain, [tokens], Path(folder), provers=provers)
     package = decode_chain_package(chain.package, "measured")
     digest = hashlib.sha256(chain.package).hexdigest()
     started = time.perf_counter()

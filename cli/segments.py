@@ -8,10 +8,14 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from cli.proving import DEVELOPMENT_NOTE, activity
+
+if TYPE_CHECKING:
+    from zk.provers import Provers
 
 
 @dataclass(frozen=True)
@@ -28,8 +32,25 @@ class ChainOptions:
     srs_sha256: str | None
 
 
+def chosen_provers(workers: int | None, ray: str | None) -> Provers:
+    """Those on this machine, or with an address those of a Ray cluster; arguments as of the command."""
+    if ray is None:
+        from zk.local_provers import LocalProvers
+
+        return LocalProvers(workers or 1)
+    from zk.ray_provers import RayProvers
+
+    return RayProvers(ray, workers)
+
+
 def prove_in_segments(
-    input_path: Path | None, model: Path, options: ChainOptions, out: Path, workers: int, as_json: bool
+    input_path: Path | None,
+    model: Path,
+    options: ChainOptions,
+    out: Path,
+    workers: int | None,
+    ray: str | None,
+    as_json: bool,
 ) -> None:
     """Prove, write the proof and verifier.zip, and print what was done; without a path of a stream."""
     from circuits.segment import reduction
@@ -45,7 +66,8 @@ def prove_in_segments(
     # Beside the proof: a run that goes on finds what is done.
     folder = out.with_name(f"{out.stem}.segments")
     steps, prompt = options.segment_steps, options.greedy_after or 0
-    with activity(as_json) as say:
+    # A cluster that is not there is noticed before keys are made.
+    with chosen_provers(workers, ray) as provers, activity(as_json) as say:
         if not steps and inputs is None:
             raise MambaintError("a stream has no length to choose from", "give --segment-steps N")
         if not steps and inputs is not None:
@@ -74,7 +96,7 @@ def prove_in_segments(
 
         say("proving")
         pieces = read_steps(sys.stdin, graph) if inputs is None else [inputs]
-        proof = prove_chain(chain, pieces, folder, prompt=prompt, workers=workers, tell=tell)
+        proof = prove_chain(chain, pieces, folder, prompt=prompt, provers=provers, tell=tell)
     verifier = out.parent / "verifier.zip"
     write_bytes(verifier, chain.package)
     write_bytes(out, proof.file)

@@ -45,12 +45,9 @@ class LocalProvers:
         """As of the protocol."""
         self.room(keys.peak_bytes)
         assert self._pool is not None
-        future = self._pool.submit(self._prove, circuit, witness, keys, timeout)
-        return future
+        return self._pool.submit(self._prove, circuit, witness, keys, timeout)
 
-    def _prove(
-        self, circuit: Circuit, witness: Witness, keys: Keys, timeout: float | None
-    ) -> dict[str, Any]:
+    def _prove(self, circuit: Circuit, witness: Witness, keys: Keys, timeout: float | None) -> dict[str, Any]:
         started: list[Popen[bytes]] = []
 
         def keep(child: Popen[bytes]) -> None:

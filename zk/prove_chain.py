@@ -99,7 +99,7 @@ class ChainResult:
         steps: of the sequence. segments: how many there are.
         proved: how many of them were proved now, rather than found.
         prove_seconds: of the proofs made now, in sum. wall_seconds: until all were there.
-        job_seconds: of each proof made now, in the order they ended: from the start of its process to its end.
+        job_seconds: of each proof made now, as they ended: from the start of its process to its end.
         peak_bytes: largest memory of one proving process.
         public: as in the verdict.
     """
@@ -418,7 +418,7 @@ def state_after_witness(lowered: LoweredCircuit, witness: Witness) -> IntArray:
 
 
 TRIES = 3
-"""How often a segment is begun whose prover is killed, before the run ends: nobody kills one thrice by chance."""
+"""How often a segment is begun whose prover is killed: a third time it is no accident, and the run ends."""
 LOOK_SECONDS = 5.0
 """After which it is asked again how many provers there are."""
 
@@ -440,7 +440,7 @@ def prove_chain(
 
     Args:
         chain: the circuits.
-        pieces: of the input, int64 [any number of steps, ...]; private values go to the provers, nowhere else.
+        pieces: of the input, int64 [any number of steps, ...]; private values go to the provers alone.
         folder: keeps finished segments, and the secret of the chain.
         prompt: where generation is proved, the steps that were given: 1 or more, fewer than all.
         provers: who proves the segments, entered and left by the caller; default: one process at a time on
@@ -453,9 +453,7 @@ def prove_chain(
     """
     if provers is None:
         with LocalProvers() as own:
-            return prove_chain(
-                chain, pieces, folder, prompt=prompt, provers=own, tell=tell, timeout=timeout
-            )
+            return prove_chain(chain, pieces, folder, prompt=prompt, provers=own, tell=tell, timeout=timeout)
     package = decode_chain_package(chain.package, "made here")
     digest = hashlib.sha256(chain.package).hexdigest()
     if (prompt > 0) != chain.greedy:

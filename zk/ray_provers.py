@@ -2,9 +2,9 @@
 
 A job is one Ray task: it takes the witness, and proves it in a child process on its node. What many jobs
 share (circuit, keys, SRS) is one object each in Ray's store, which a node fetches once, if it has not got the
-files. Tasks ask Ray for the memory and the cores of one proof, so no node has more provers than it holds. Ray
-repeats nothing by itself: a job whose worker or node is lost raises :class:`zk.process.JobKilled`, and is then
-begun again like that of a prover on this machine.
+files. Tasks ask Ray for the memory and the cores of one proof, so no node has more provers than it holds.
+Ray repeats nothing by itself: a job whose worker or node is lost raises :class:`zk.process.JobKilled`, and is
+then begun again like that of a prover on this machine.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import socket
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -35,6 +36,8 @@ LOCAL_STORE_BYTES = 200_000_000
 """Of a local cluster's object store: witnesses and answers, but no keys."""
 QUEUED = 8
 """For so many segments that are proved one more waits on the cluster, so that no prover waits for us."""
+REACH_SECONDS = 10.0
+"""After which an address that does not answer is given up."""
 NODES_SECONDS = 5.0
 """For which a count of the nodes holds."""
 
@@ -81,8 +84,9 @@ class RayProvers:
                     **quiet,
                 )
             else:
+                _reach(self._address)
                 ray.init(address=self._address, **quiet)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             self._forget_logs()
             raise MambaintError(
                 f"cannot use the Ray cluster '{self._address}': {_line(error)}",
@@ -204,8 +208,8 @@ def _task() -> Callable[..., dict[str, Any]]:
         timeout: float | None,
         threads: int,
     ) -> dict[str, Any]:
-        import socket
         from importlib.metadata import PackageNotFoundError, version
+        from socket import gethostname
 
         import ray
 
@@ -216,7 +220,7 @@ def _task() -> Callable[..., dict[str, Any]]:
                 found = f"no {package}"
             if found != f"{package} {wanted}":
                 return {
-                    "cause": f"node {socket.gethostname()} has {found}, and this machine {package} {wanted}",
+                    "cause": f"node {gethostname()} has {found}, and this machine {package} {wanted}",
                     "remedy": f"install {package} {wanted} on all nodes",
                     "killed": False,
                 }
@@ -267,6 +271,13 @@ def _settle(future: Future[dict[str, Any]], answer: Future[dict[str, Any]]) -> N
                 "check that the cluster has the same Ray, Python and mambaint as this machine",
             )
         )
+
+
+def _reach(address: str) -> None:
+    """Raise OSError or ValueError where nobody listens: Ray itself would go on asking for minutes."""
+    if address != "auto":
+        host, _, port = address.removeprefix("ray://").rpartition(":")
+        socket.create_connection((host, int(port)), timeout=REACH_SECONDS).close()
 
 
 def _line(error: BaseException) -> str:

@@ -49,16 +49,15 @@ def tokens(chain: ProvableChain, segments: int) -> IntArray:
 
 
 def run(
-    chain: ProvableChain, segments: int, provers: Provers
+    chain: ProvableChain, segments: int, provers: Provers, folder: Path
 ) -> tuple[ChainResult, dict[str, float | list[float]]]:
-    """Prove; with the seconds that each part took."""
+    """Prove in a folder; with the seconds that each part took."""
     begun = time.perf_counter()
-    with TemporaryDirectory(prefix="mambaint-bench-") as folder:
-        with provers:
-            started = time.perf_counter()
-            proof = prove_chain(chain, [tokens(chain, segments)], Path(folder), provers=provers)
-            proved = time.perf_counter()
-        stopped = time.perf_counter()
+    with provers:
+        started = time.perf_counter()
+        proof = prove_chain(chain, [tokens(chain, segments)], folder, provers=provers)
+        proved = time.perf_counter()
+    stopped = time.perf_counter()
     return proof, {
         "start_seconds": round(started - begun, 3),
         "wall_seconds": round(proof.wall_seconds, 3),
@@ -116,9 +115,10 @@ def costs(chain: ProvableChain, proof: ChainResult, measured: dict[str, Any]) ->
     package = decode_chain_package(chain.package, "measured")
     digest = hashlib.sha256(chain.package).hexdigest()
     started = time.perf_counter()
-    assert check_chain(proof.file, package, digest).valid
+    with proof.file.open("rb") as stream:
+        assert check_chain(stream, package, digest).valid
     verify = (time.perf_counter() - started) / proof.segments
-    parcels = KeyParcels.of(chain.segment.keys)
+    parcels = KeyParcels.of(chain.stages[0].keys)
     sent = {d: path.read_bytes() for d, path in parcels.files().items()}
     with TemporaryDirectory(prefix="mambaint-bench-") as folder:
         kept = os.environ["MAMBAINT_CACHE"]
@@ -132,12 +132,12 @@ def costs(chain: ProvableChain, proof: ChainResult, measured: dict[str, Any]) ->
     (job,) = jobs_of(chain, [tokens(chain, 1)], ChainSecret(bytes(32)))
     witness = pickle.dumps(job.witness)
     return {
-        "logrows": chain.segment.lowered.circuit.logrows,
-        "rows": chain.segment.lowered.circuit.rows,
+        "logrows": chain.stages[0].lowered.circuit.logrows,
+        "rows": chain.stages[0].lowered.circuit.rows,
         "job_seconds": measured["job_seconds"],
         "witness_seconds": witness_seconds(chain, LARGER_SEGMENTS),
         "task_seconds": task_seconds(witness),
-        "collect_seconds": collect_seconds(chain.segment.keys.proof_bytes),
+        "collect_seconds": collect_seconds(chain.stages[0].keys.proof_bytes),
         "verify_seconds": verify,
         "worker_start_seconds": worker_start_seconds(),
         "witness_bytes": len(witness),
@@ -153,23 +153,22 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2, help="runs of each, in turn")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    with TemporaryDirectory(prefix="mambaint-bench-") as cache:
-        os.environ["MAMBAINT_CACHE"] = cache
+    with TemporaryDirectory(prefix="mambaint-bench-") as name:
+        folder = Path(name)
+        os.environ["MAMBAINT_CACHE"] = str(folder / "cache")
         chain = prepare_chain(model(TINY, 64), STEPS)
         runs: dict[str, list[dict[str, Any]]] = {"local": [], "ray": []}
-        for _ in range(arguments.rounds):
-            for name, provers in (("local", LocalProvers(WORKERS)), ("ray", RayProvers(LOCAL, WORKERS))):
-                proof, measured = run(chain, SEGMENTS, provers)
-                runs[name].append(measured)
+        for turn in range(arguments.rounds):
+            for who, provers in (("local", LocalProvers(WORKERS)), ("ray", RayProvers(LOCAL, WORKERS))):
+                proof, measured = run(chain, SEGMENTS, provers, folder / f"{who}{turn}")
+                runs[who].append(measured)
                 print(
                     name, {key: value for key, value in measured.items() if key != "job_seconds"}, flush=True
                 )
-        wall = {name: float(np.median([r["wall_seconds"] for r in found])) for name, found in runs.items()}
+        wall = {who: float(np.median([r["wall_seconds"] for r in found])) for who, found in runs.items()}
         whole = {
-            name: float(
-                np.median([r["start_seconds"] + r["wall_seconds"] + r["stop_seconds"] for r in found])
-            )
-            for name, found in runs.items()
+            who: float(np.median([r["start_seconds"] + r["wall_seconds"] + r["stop_seconds"] for r in found]))
+            for who, found in runs.items()
         }
         result: dict[str, Any] = {
             "hardware": hardware(),
@@ -183,7 +182,7 @@ def main() -> None:
             "costs": [costs(chain, proof, runs["ray"][-1])],
         }
         larger = prepare_chain(model(SMALL, SMALL_STEPS * LARGER_SEGMENTS), SMALL_STEPS)
-        proof, measured = run(larger, LARGER_SEGMENTS, RayProvers(LOCAL, WORKERS))
+        proof, measured = run(larger, LARGER_SEGMENTS, RayProvers(LOCAL, WORKERS), folder / "larger")
         result["costs"].append(costs(larger, proof, measured))
     print(json.dumps({key: value for key, value in result.items() if key != "runs"}, indent=1))
     write_json(RESULT, result)

@@ -36,7 +36,7 @@ class Share:
 def breakdown(graph: Graph, lowered: LoweredCircuit) -> tuple[Share, ...]:
     """Shares of all parts, in the order of the graph; they add up to the circuit's rows."""
     position = {node.name: index for index, node in enumerate(graph.nodes)}
-    owners = {part: _owner(part, position) for part in lowered.cost}
+    owners = {part: owner_of(part, position) for part in lowered.cost}
     paid = set(owners.values())
     shares = []
     for part in sorted(owners, key=lambda part: position.get(owners[part] or "", len(position))):
@@ -57,7 +57,7 @@ def totals(pairs: Iterable[tuple[str, float]]) -> dict[str, float]:
     return rows
 
 
-def _owner(part: str, names: dict[str, int]) -> str | None:
+def owner_of(part: str, names: dict[str, int]) -> str | None:
     """The node whose name is the longest prefix of the part's."""
     pieces = part.split(".")
     prefixes = (".".join(pieces[:count]) for count in range(len(pieces), 0, -1))

@@ -49,6 +49,8 @@ CHAIN_BITS = 128
 """Of the number of a chain, which is drawn at random."""
 STATE_IN, STATE_OUT = "state_in", "state_out"
 """Names of the states before and after a segment, as public values or as committed inputs."""
+ACTIVATIONS_IN, ACTIVATIONS_OUT = "activations_in", "activations_out"
+"""Names of what crosses from stage to stage of a segment, likewise."""
 GENERATED, TOKENS = "generated", "tokens"
 """Of a segment that shows what a language model generated: which steps, and their tokens (0 elsewhere)."""
 SALTS = 8

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 from circuits.cells import CHALLENGE, Cells, CircuitTooNarrow, Ids, Values
 from circuits.circuit import (
+    ACTIVATIONS_IN,
+    ACTIVATIONS_OUT,
     CHAIN,
     CHAIN_BITS,
     CHAIN_VALUES,
@@ -57,6 +59,7 @@ from circuits.segment import (
     Segment,
     check_greedy,
     check_steps,
+    crossing,
     leaving,
     reduction,
     types_of,
@@ -104,11 +107,17 @@ class _Lowering:
         self.types = graph.types if segment is None else types_of(graph, segment)
         self.carried = None if segment is None else Carried(cells)
         self.made: dict[str, Value] = {}
+        self._nodes: tuple[Node, ...] = graph.nodes
+        if segment is not None and segment.nodes is not None and self.carried is not None:
+            self._nodes = graph.nodes[segment.nodes.start : segment.nodes.stop]
+            for name in crossing(graph, segment.nodes.start, segment.greedy):
+                entered = self.carried.enter_activation(name, self.types[name])
+                self.made[name] = Computed(cells, name, self.types[name], _always(entered))
 
     def value(self, name: str) -> Value:
         """The value of a node, lowered on first use."""
         if name not in self.made:
-            for node in self.graph.nodes:
+            for node in self._nodes:
                 if node.name not in self.made:
                     self.made[node.name] = GADGETS[node.op](self, node, self.types[node.name])
                 if node.name == name:
@@ -118,6 +127,10 @@ class _Lowering:
     def operands(self, node: Node) -> list[Value]:
         """Values of a node's inputs."""
         return [self.made[name] for name in node.inputs]
+
+
+def _always(ids: Ids) -> Callable[[], Ids]:
+    return lambda: ids
 
 
 def _input(low: _Lowering, node: Node, tensor: TensorType) -> Value:
@@ -341,7 +354,7 @@ class LoweredCircuit:
         cells: the constraint graph.
         outputs: its public cells, by name.
         tensors: cells of the graph's tensors that became cells as such, by node name.
-        carried: of a segment: the state that enters and leaves.
+        carried: of a segment: what enters and leaves.
     """
 
     circuit: Circuit
@@ -368,7 +381,7 @@ class LoweredCircuit:
             inputs: the model input without batch axis.
             lies: private tensor -> what a lying prover makes of its honest values (tests).
             trace: if given, receives the value of every graph tensor that has cells of its own.
-            given: of a segment: the parts of the state that enter, and ``place``.
+            given: of a segment: the parts of the state and the activations that enter, and ``place``.
         """
         values = self.cells.evaluate({MODEL_INPUT: inputs, **(given or {})}, lies)
         if trace is not None:
@@ -451,8 +464,11 @@ def lower(
     outputs |= residues
     alone: dict[str, Sequence[str]] = {COMMITTED_INPUT: [MODEL_INPUT]} if commit_input else {}
     if segment is not None and segment.hidden and lowering.carried is not None:
-        parts = list(lowering.carried.shapes)
-        alone |= {STATE_IN: parts} | ({} if segment.head else {STATE_OUT: [leaving(name) for name in parts]})
+        linked = _linked(lowering.carried, segment)
+        alone |= {
+            name: [leaving(part) for part in parts] if name in _HANDED_ON else list(parts)
+            for name, parts in linked.items()
+        }
     committed = bool(cells.claims or alone)
     groups = _group(cells, logrows, committed, alone)
     salts = SALTS * len(groups) if committed else 0
@@ -474,28 +490,47 @@ def lower(
     return LoweredCircuit(circuit, cells, outputs, tensors, lowering.carried)
 
 
+_HANDED_ON = (STATE_OUT, ACTIVATIONS_OUT)
+
+
+def _linked(carried: Carried, segment: Segment) -> dict[str, Iterable[str]]:
+    """What links a circuit to those beside it, and the names of its parts."""
+    linked: dict[str, Iterable[str]] = {STATE_IN: carried.shapes}
+    if not segment.head:
+        linked[STATE_OUT] = carried.shapes
+    linked |= {ACTIVATIONS_IN: carried.activations_in, ACTIVATIONS_OUT: carried.activations_out}
+    return {name: parts for name, parts in linked.items() if parts}
+
+
 def _segment_outputs(lowering: _Lowering, segment: Segment, public_input: bool) -> dict[str, Ids]:
     """The public cells of a segment: its place in its chain, the states on both sides, what it computes."""
     graph, carried, outputs = lowering.graph, lowering.carried, {}
     assert carried is not None
-    ends = reduction(graph)
-    last = graph.output if ends is None or segment.head else ends.name
-    value = lowering.value(last)
-    logits = value.cells() if last == graph.output else None
-    if public_input:
+    ends, logits = reduction(graph), None
+    if segment.last_stage(graph):
+        last = graph.output if ends is None or segment.head else ends.name
+        value = lowering.value(last)
+        logits = value.cells() if last == graph.output else None
+    else:
+        assert segment.nodes is not None
+        for name in crossing(graph, segment.nodes.stop, segment.greedy):
+            carried.leave_activation(name, lowering.value(name).cells())
+    if public_input and segment.first_stage():
         outputs["input"] = lowering.value(graph.input.name).cells().ravel()
-    if segment.greedy:
-        assert logits is not None
+    if segment.greedy and logits is not None:
         outputs |= _greedy(lowering, logits)
     # Nothing reads these cells: that they are among the public values binds the proof to them.
     outputs[CHAIN] = lowering.cells.private(PLACE, (CHAIN_VALUES,), 0, 1 << CHAIN_BITS, _given)
+    linked = _linked(carried, segment)
     if segment.hidden:
-        if not segment.head:
-            _claim_equal(lowering.cells, *carried.copied())
+        handed_on = [part for name in _HANDED_ON for part in linked.get(name, ())]
+        if handed_on:
+            _claim_equal(lowering.cells, *carried.copied(handed_on))
     else:
-        outputs[STATE_IN] = carried.entered()
-        if not segment.head:
-            outputs[STATE_OUT] = carried.left()
+        outputs |= {
+            name: carried.left(parts) if name in _HANDED_ON else carried.entered(parts)
+            for name, parts in linked.items()
+        }
     if logits is not None and not segment.greedy:
         outputs["logits"] = logits.ravel()
     return outputs

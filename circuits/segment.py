@@ -2,13 +2,14 @@
 
 The state between two stretches is what decoding remembers at the end of a chunk
 (``mamba_int.decoding_state``): of every scan its H, of every convolution the last K - 1 steps, and of a
-reduction over time what it has come to.
+reduction over time what it has come to. A stretch can be cut once more, into stages of some nodes each
+(``circuits.stages``): then the activations that later nodes read cross as well.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -42,12 +43,22 @@ class Segment:
             enters, and one for the state that leaves.
         greedy: instead of the logits, which steps are greedy: each has the token of the largest logit, the
             first of equal ones, of the step before. Which token comes next is a part of the state.
+        nodes: of the graph that it computes: its stage; None for all.
     """
 
     steps: int
     head: bool = False
     hidden: bool = False
     greedy: bool = False
+    nodes: range | None = None
+
+    def first_stage(self) -> bool:
+        """Whether it reads the model input."""
+        return self.nodes is None or self.nodes.start == 0
+
+    def last_stage(self, graph: Graph) -> bool:
+        """Whether it computes the output."""
+        return self.nodes is None or self.nodes.stop == len(graph.nodes)
 
 
 def reduction(graph: Graph) -> Node | None:
@@ -101,14 +112,20 @@ def check_steps(graph: Graph, segment: Segment) -> None:
     Raises:
         MambaintError: naming the unit.
     """
-    unit = step_unit(graph)
-    windows = [node.constants["taps"].shape[1] - 1 for node in graph.nodes if node.op == "conv"]
-    if segment.steps < 1 or segment.steps % unit or segment.steps < max(windows, default=0):
+    unit, least = step_unit(graph), smallest_steps(graph)
+    if segment.steps % unit or segment.steps < least:
         raise MambaintError(
             f"the model cannot be cut into segments of {segment.steps} steps",
-            f"choose a multiple of {unit}"
-            + (f", at least {max(windows)}" if max(windows, default=0) > unit else ""),
+            f"choose a multiple of {unit}" + (f", at least {least}" if least > unit else ""),
         )
+
+
+def smallest_steps(graph: Graph) -> int:
+    """Of the shortest stretch: whole units, and what a convolution remembers."""
+    unit = step_unit(graph)
+    windows = [node.constants["taps"].shape[1] - 1 for node in graph.nodes if node.op == "conv"]
+    most: int = max([1, *windows])
+    return -(-most // unit) * unit
 
 
 def types_of(graph: Graph, segment: Segment) -> dict[str, TensorType]:
@@ -122,19 +139,33 @@ def types_of(graph: Graph, segment: Segment) -> dict[str, TensorType]:
     return {name: whole[name] if name in timeless else own[name] for name in own}
 
 
+def crossing(graph: Graph, start: int, greedy: bool) -> list[str]:
+    """Names of the tensors made before the node at ``start`` that it or later nodes read, in order; greedy
+    steps are checked at the end, and read the tokens."""
+    made = {node.name for node in graph.nodes[:start]}
+    read = {name for node in graph.nodes[start:] for name in node.inputs}
+    if greedy:
+        read.add(graph.input.name)
+    return [node.name for node in graph.nodes if node.name in made & read]
+
+
 @dataclass
 class Carried:
-    """The state that enters and leaves a circuit, in the order of the graph's nodes.
+    """What enters and leaves a circuit: the state, in the order of the graph's nodes, and activations.
 
     Attributes:
         cells: receives the cells that enter.
-        shapes: of the parts, by name: ``node:what``.
-        first: what the parts are before the first step.
+        shapes: of the parts of the state, by name: ``node:what``.
+        first: what these parts are before the first step.
+        activations_in: shapes of the activations that enter, by name: ``node:activation``.
+        activations_out: shapes of those that leave.
     """
 
     cells: Cells
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     first: dict[str, int] = field(default_factory=dict)
+    activations_in: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    activations_out: dict[str, tuple[int, ...]] = field(default_factory=dict)
     _entered: dict[str, Ids] = field(default_factory=dict)
     _leaving: dict[str, Callable[[], Ids]] = field(default_factory=dict)
 
@@ -148,30 +179,49 @@ class Carried:
         self._entered[name] = self.cells.private(name, shape, low, high, _given)
         return self._entered[name]
 
+    def enter_activation(self, node: str, tensor: TensorType) -> Ids:
+        """A tensor of the stage before as cells, within bounds that are proved there."""
+        name = activation(node)
+        self.activations_in[name] = tensor.shape
+        self._entered[name] = self.cells.private(name, tensor.shape, tensor.low, tensor.high, _given)
+        return self._entered[name]
+
     def leave(self, name: str, make: Callable[[], Ids]) -> None:
         """Say how the part's cells for the next stretch are made."""
         self._leaving[name] = make
 
-    def entered(self) -> Ids:
-        """All cells that enter, flat."""
-        return _flat([self._entered[name] for name in self.shapes])
+    def leave_activation(self, node: str, ids: Ids) -> None:
+        """Hand a tensor on to the next stage."""
+        self.activations_out[activation(node)] = ids.shape
+        self._leaving[activation(node)] = lambda: ids
 
-    def copied(self) -> tuple[Ids, Ids]:
-        """All cells that leave, flat, and as many private cells that have to be equal to them."""
-        parts = {name: self._leaving[name]() for name in self.shapes}
+    def entered(self, names: Iterable[str]) -> Ids:
+        """Cells that enter under these names, flat."""
+        return _flat([self._entered[name] for name in names])
+
+    def left(self, names: Iterable[str]) -> Ids:
+        """Cells that leave under these names, flat."""
+        return _flat([self._leaving[name]() for name in names])
+
+    def copied(self, names: Iterable[str]) -> tuple[Ids, Ids]:
+        """Cells that leave under these names, flat, and as many private ones that must be equal to them."""
+        parts = {name: self._leaving[name]() for name in names}
         return _flat(list(parts.values())), _flat([self._copy(name, ids) for name, ids in parts.items()])
 
     def _copy(self, name: str, cells: Ids) -> Ids:
-        low, high = self.cells.bounds(self._entered[name])
-        return self.cells.private(leaving(name), self.shapes[name], low, high, lambda get: get(cells))
+        # What leaves as a state has the bounds of what enters as one.
+        low, high = self.cells.bounds(self._entered[name] if name in self.shapes else cells)
+        shape = self.shapes.get(name, cells.shape)
+        return self.cells.private(leaving(name), shape, low, high, lambda get: get(cells))
 
-    def left(self) -> Ids:
-        """All cells that leave, flat and in the same order."""
-        return _flat([self._leaving[name]() for name in self.shapes])
+
+def activation(node: str) -> str:
+    """Name of a node's tensor where it crosses from stage to stage."""
+    return f"{node}:activation"
 
 
 def leaving(name: str) -> str:
-    """Name of the private copy of a part of the state that leaves."""
+    """Name of the private copy of what leaves."""
     return f"{name}.next"
 
 
@@ -189,8 +239,8 @@ def initial_state(shapes: Mapping[str, tuple[int, ...]], first: Mapping[str, int
     return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
 
-def named_state(shapes: Mapping[str, tuple[int, ...]], state: IntArray) -> dict[str, IntArray]:
-    """The parts of a flat state by name."""
+def by_name(shapes: Mapping[str, tuple[int, ...]], flat: IntArray) -> dict[str, IntArray]:
+    """The parts of a flat state, or of flat activations, by name."""
     sizes = [math.prod(shape) for shape in shapes.values()]
-    parts = np.split(state, np.cumsum(sizes)[:-1]) if sizes else []
+    parts = np.split(flat, np.cumsum(sizes)[:-1]) if sizes else []
     return {name: part.reshape(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}

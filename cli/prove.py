@@ -83,7 +83,14 @@ class SegmentSteps(click.ParamType[int]):
     type=SegmentSteps(),
     metavar="N|auto",
     help="Prove in linked segments of N steps, with one key pair: any length at the same memory. auto: the "
-    "length that makes the chain cheapest.",
+    "length that makes the chain cheapest, in as few --stages as fit.",
+)
+@click.option(
+    "--stages",
+    type=click.IntRange(1),
+    metavar="N",
+    help="With --segment-steps: cut the model by layers as well, into N circuits with keys of their own, "
+    "which need that much less memory  [default: 1; with auto the fewest that fit].",
 )
 @click.option(
     "--ram",
@@ -133,6 +140,7 @@ def command(
     opening: Path | None,
     reuse_opening: Path | None,
     segment_steps: int | None,
+    stages: int | None,
     ram: float | None,
     public_states: bool,
     greedy_after: int | None,
@@ -172,9 +180,10 @@ def command(
     from zk.provable import prepare, witness_of
     from zk.prove import prove
 
-    if segment_steps is None and (public_states or workers or ray or stream or ram or greedy_after):
+    for_segments = (public_states, stages, workers, ray, stream, ram, greedy_after)
+    if segment_steps is None and any(for_segments):
         raise MambaintError(
-            "--public-states, --workers, --ray, --stream, --ram and --greedy-after are for segments",
+            "--stages, --public-states, --workers, --ray, --stream, --ram, --greedy-after are for segments",
             "give --segment-steps as well",
         )
     if (input_path is None) != stream:
@@ -187,7 +196,15 @@ def command(
                 "segments are proved without --commit-input, openings and --lookups none", "leave them out"
             )
         options = ChainOptions(
-            segment_steps, ram, public_input, public_states, greedy_after, logrows, srs_path, srs_sha256
+            segment_steps,
+            stages,
+            ram,
+            public_input,
+            public_states,
+            greedy_after,
+            logrows,
+            srs_path,
+            srs_sha256,
         )
         prove_in_segments(input_path, resolve_model(model), options, out, workers, ray, as_json)
         return

@@ -23,6 +23,7 @@ class ChainOptions:
     """The options of the command that decide which circuits and which proof are meant; see there."""
 
     segment_steps: int
+    stages: int | None
     ram: float | None
     public_input: bool
     public_states: bool
@@ -53,29 +54,37 @@ def prove_in_segments(
     as_json: bool,
 ) -> None:
     """Prove, write the proof and verifier.zip, and print what was done; without a path of a stream."""
-    from circuits.segment import reduction
+    from circuits.segment import Segment, reduction
     from mamba_int.errors import MambaintError
-    from mamba_int.files import write_bytes
+    from mamba_int.files import move, write_bytes
     from mamba_int.graph import Graph
     from quantize.input_file import read_input, read_steps
+    from zk.chain_cut import Cut, pick_cut
     from zk.prove_chain import prepare_chain, prove_chain
-    from zk.segment_steps import pick_steps
 
     graph = Graph.load(model)
     inputs = None if input_path is None else read_input(input_path, graph, reduction(graph) is None)
     # Beside the proof: a run that goes on finds what is done.
     folder = out.with_name(f"{out.stem}.segments")
-    steps, prompt = options.segment_steps, options.greedy_after or 0
+    cut, prompt = Cut(options.segment_steps, options.stages or 1), options.greedy_after or 0
     # A cluster that is not there is noticed before keys are made.
     with chosen_provers(workers, ray) as provers, activity(as_json) as say:
-        if not steps and inputs is None:
+        if not cut.steps and inputs is None:
             raise MambaintError("a stream has no length to choose from", "give --segment-steps N")
-        if not steps and inputs is not None:
-            memory = None if options.ram is None else int(options.ram * 1e9)
-            steps = pick_steps(graph, len(inputs), not options.public_states, memory, say)
+        if not cut.steps and inputs is not None:
+            cut = pick_cut(
+                graph,
+                len(inputs),
+                Segment(0, hidden=not options.public_states, greedy=prompt > 0),
+                public_input=options.public_input,
+                stages=options.stages,
+                memory=None if options.ram is None else int(options.ram * 1e9),
+                say=say,
+            )
         chain = prepare_chain(
             graph,
-            steps,
+            cut.steps,
+            stages=cut.stages,
             public_input=options.public_input,
             public_states=options.public_states,
             greedy=prompt > 0,
@@ -85,30 +94,32 @@ def prove_in_segments(
             say=say,
         )
         started = time.perf_counter()
-        total = None if inputs is None else -(-len(inputs) // steps)
+        total = None if inputs is None else -(-len(inputs) // cut.steps) * cut.stages
 
         def tell(done: int, more: bool) -> None:
             if total is None:
-                say(f"proving the stream, {done} segments done")
+                say(f"proving the stream, {done} proofs done")
             else:
                 left = (time.perf_counter() - started) / done * (total - done)
-                say(f"proving, {done} of {total} segments, about {left:.0f} s left")
+                say(f"proving, {done} of {total} proofs, about {left:.0f} s left")
 
         say("proving")
         pieces = read_steps(sys.stdin, graph) if inputs is None else [inputs]
         proof = prove_chain(chain, pieces, folder, prompt=prompt, provers=provers, tell=tell)
     verifier = out.parent / "verifier.zip"
     write_bytes(verifier, chain.package)
-    write_bytes(out, proof.file)
+    move(proof.file, out)
     shutil.rmtree(folder, ignore_errors=True)
+    size = out.stat().st_size
 
-    keys = [circuit.keys for circuit in (chain.segment, chain.head) if circuit is not None]
-    circuit = chain.segment.lowered.circuit
+    keys = [circuit.keys for circuit in chain.circuits]
+    circuit = max((part.lowered.circuit for part in chain.circuits), key=lambda part: part.rows)
     result = {
         "model_id": graph.model_id,
         "steps": proof.steps,
         "segments": proof.segments,
-        "segment_steps": steps,
+        "segment_steps": cut.steps,
+        "stages": proof.stages,
         "proved_now": proof.proved,
         "rows": circuit.rows,
         "logrows": circuit.logrows,
@@ -116,7 +127,7 @@ def prove_in_segments(
         "prove_seconds": round(proof.prove_seconds, 3),
         "wall_seconds": round(proof.wall_seconds, 3),
         "peak_bytes": proof.peak_bytes,
-        "file_bytes": len(proof.file),
+        "file_bytes": size,
         "outputs": proof.public.get("logits", []),
         "generated": proof.public.get("tokens"),
         "input_is_public": options.public_input,
@@ -128,17 +139,18 @@ def prove_in_segments(
     if as_json:
         click.echo(json.dumps(result, indent=2))
         return
-    found = proof.segments - proof.proved
+    found = proof.segments * proof.stages - proof.proved
+    steps = f"{cut.steps} steps" + (f" in {proof.stages} stages each" if proof.stages > 1 else "")
     click.echo(
-        f"proved    {proof.segments} linked segments of {steps} steps in {proof.wall_seconds:.1f} s"
-        f"{f' ({found} of them found from before)' if found else ''}, {proof.peak_bytes / 1e6:.0f} MB each; "
+        f"proved    {proof.segments} linked segments of {steps} in {proof.wall_seconds:.1f} s"
+        f"{f' ({found} proofs found from before)' if found else ''}, {proof.peak_bytes / 1e6:.0f} MB each; "
         f"{circuit.rows:,} rows of 2^{circuit.logrows}"
     )
     click.echo(f"states    {'public' if options.public_states else 'hidden behind commitments'}")
     if prompt:
         click.echo(f"generated {proof.steps - prompt} tokens, greedily, from a prompt of {prompt}")
     click.echo(f"model     {graph.model_id}")
-    click.echo(f"proof     {out} ({len(proof.file):,} bytes)")
+    click.echo(f"proof     {out} ({size:,} bytes)")
     click.echo(f"verifier  {verifier}")
     if keys[0].srs.kind == "development":
         click.echo(DEVELOPMENT_NOTE)

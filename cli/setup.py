@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from cli.proving import DEVELOPMENT_NOTE, activity, proving_options
+
+if TYPE_CHECKING:
+    from circuits.circuit import Circuit
+    from zk.keys import Keys
 
 
 @click.command(name="setup")
@@ -17,6 +22,13 @@ from cli.proving import DEVELOPMENT_NOTE, activity, proving_options
     type=click.IntRange(1),
     metavar="N",
     help="Keys for proofs in linked segments of N steps.",
+)
+@click.option(
+    "--stages",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="With --segment-steps: cut the model by layers into so many circuits.",
 )
 @click.option(
     "--public-states",
@@ -45,6 +57,7 @@ def command(
     srs_path: Path | None,
     srs_sha256: str | None,
     segment_steps: int | None,
+    stages: int,
     public_states: bool,
     greedy: bool,
     out: Path,
@@ -67,12 +80,15 @@ def command(
     from zk.provable import prepare
 
     graph = Graph.load(resolve_model(model))
-    if segment_steps is None and (public_states or greedy):
-        raise MambaintError("--public-states and --greedy are for segments", "give --segment-steps as well")
+    if segment_steps is None and (public_states or greedy or stages > 1):
+        raise MambaintError(
+            "--stages, --public-states and --greedy are for segments", "give --segment-steps as well"
+        )
     with activity(as_json) as say:
         if segment_steps is None:
             ready = prepare(graph, public_input, commit_input, logrows, lookups, srs_path, srs_sha256, say)
-            package, circuit, keys = ready.package, ready.lowered.circuit, ready.keys
+            package, made = ready.package, [_described(ready.lowered.circuit, ready.keys)]
+            srs = ready.keys.srs.kind
         else:
             from zk.prove_chain import prepare_chain
 
@@ -83,6 +99,7 @@ def command(
             chain = prepare_chain(
                 graph,
                 segment_steps,
+                stages=stages,
                 public_input=public_input,
                 public_states=public_states,
                 greedy=greedy,
@@ -91,10 +108,28 @@ def command(
                 srs_sha256=srs_sha256,
                 say=say,
             )
-            package, circuit, keys = chain.package, chain.segment.lowered.circuit, chain.segment.keys
+            package = chain.package
+            made = [_described(part.lowered.circuit, part.keys) for part in chain.circuits]
+            srs = chain.stages[0].keys.srs.kind
     write_bytes(out, package)
-    result = {
-        "model_id": graph.model_id,
+    result: dict[str, Any] = {"model_id": graph.model_id, "srs": srs, "verifier": str(out)}
+    result |= made[0] if segment_steps is None else {"circuits": made}
+    if as_json:
+        click.echo(json.dumps(result, indent=2))
+        return
+    for circuit in made:
+        seconds = circuit["keygen_seconds"]
+        how = f"made in {seconds:.1f} s" if seconds else "found in the cache"
+        click.echo(f"keys      {how}: {circuit['rows']:,} rows of 2^{circuit['logrows']}")
+        click.echo(f"circuit   {circuit['circuit_id']}")
+    click.echo(f"model     {graph.model_id}")
+    click.echo(f"verifier  {out}")
+    if srs == "development":
+        click.echo(DEVELOPMENT_NOTE)
+
+
+def _described(circuit: Circuit, keys: Keys) -> dict[str, Any]:
+    return {
         "circuit_id": keys.circuit_id,
         "rows": circuit.rows,
         "logrows": circuit.logrows,
@@ -102,16 +137,4 @@ def command(
         "peak_bytes": keys.peak_bytes,
         "proving_key_bytes": keys.sizes["pk.key"],
         "proof_bytes": keys.proof_bytes,
-        "srs": keys.srs.kind,
-        "verifier": str(out),
     }
-    if as_json:
-        click.echo(json.dumps(result, indent=2))
-        return
-    made = f"made in {keys.keygen_seconds:.1f} s" if keys.keygen_seconds else "found in the cache"
-    click.echo(f"keys      {made}: {circuit.rows:,} rows of 2^{circuit.logrows}")
-    click.echo(f"model     {graph.model_id}")
-    click.echo(f"circuit   {keys.circuit_id}")
-    click.echo(f"verifier  {out}")
-    if keys.srs.kind == "development":
-        click.echo(DEVELOPMENT_NOTE)

@@ -138,7 +138,7 @@ def command(
     """
     from mamba_int.errors import MambaintError
     from zk.chain_proof import is_chain
-    from zk.verify import read_proof, verify
+    from zk.verify import open_proof, verify
 
     trusted = verifier if verifier is not None else proof.parent / "verifier.zip"
     expected = model_id.lower() if model_id is not None else None
@@ -147,7 +147,9 @@ def command(
     if other_verifier is not None and same_input is None:
         raise MambaintError("--other-verifier belongs to --same-input", "give the other proof as well")
     other = None
-    if is_chain(read_proof(proof)):
+    with open_proof(proof) as stream:
+        chained = is_chain(stream.read(64))
+    if chained:
         from zk.verify_chain import verify_chain
 
         if same_input is not None:

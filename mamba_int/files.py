@@ -61,6 +61,20 @@ def write_json(path: Path, value: Any, mode: int = 0o644) -> None:
     write_bytes(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode(), mode)
 
 
+def move(source: Path, path: Path) -> None:
+    """Rename a finished file onto ``path``, in a folder of the same disk.
+
+    Raises:
+        MambaintError: if it cannot be.
+    """
+    try:
+        source.replace(path)
+    except OSError as error:
+        raise MambaintError(
+            f"cannot write {path}: {error.strerror or error}", "choose a writable folder"
+        ) from error
+
+
 def remove(path: Path) -> None:
     """Remove a file if it is there.
 

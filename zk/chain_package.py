@@ -1,7 +1,8 @@
 """The verifier package of a chain: the packages of its circuits, and how they are linked.
 
-Members: ``chain.json`` and ``segment.zip``, and ``head.zip`` where the last segment has a circuit of its own;
-stored, sorted, without times. Like a plain package (``zk.package``) it has one possible encoding.
+Members: ``chain.json``; ``stage000.zip`` and so on, the circuits of a segment; and ``head.zip`` where the end
+of the last segment has a circuit of its own. Stored, sorted, without times: like a plain package
+(``zk.package``) it has one possible encoding.
 """
 
 from __future__ import annotations
@@ -10,10 +11,19 @@ import hashlib
 import io
 import zipfile
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from circuits.circuit import CHAIN, CHAIN_VALUES, GENERATED, STATE_IN, STATE_OUT
+from circuits.circuit import (
+    ACTIVATIONS_IN,
+    ACTIVATIONS_OUT,
+    CHAIN,
+    CHAIN_VALUES,
+    GENERATED,
+    STATE_IN,
+    STATE_OUT,
+)
 from mamba_int.errors import MambaintError
 from mamba_int.files import canonical_json, parse_json
 from zk.challenge import POINT_BYTES
@@ -24,9 +34,12 @@ FORMAT = "mambaint-chain-verifier"
 VERSION = 1
 State = tuple[int, ...] | str
 """A state: its integers, or the commitment to them, a point as the proof has it (hex)."""
-CARD, SEGMENT, HEAD = "chain.json", "segment.zip", "head.zip"
-_LIMITS = {CARD: 1 << 26, HEAD: MAX_PACKAGE_BYTES, SEGMENT: MAX_PACKAGE_BYTES}
-MAX_CHAIN_PACKAGE_BYTES = sum(_LIMITS.values()) + 4096
+CARD, HEAD = "chain.json", "head.zip"
+MAX_CARD_BYTES = 1 << 26
+MAX_STAGES = 1000
+MAX_CHAIN_PACKAGE_BYTES = 1 << 30
+LINKS = (STATE_IN, STATE_OUT, ACTIVATIONS_IN, ACTIVATIONS_OUT)
+"""What links circuits, in the order in which they commit to it."""
 _REMEDY = "get it again from whoever you trust for it"
 
 
@@ -35,33 +48,42 @@ class ChainPackage:
     """What a verifier of chains trusts.
 
     Attributes:
-        segment: package of the circuit of every segment, or of every one but the last.
-        head: package of the circuit of the last segment; None where it is like the others.
+        stages: packages of the circuits of every segment, in the order of the model's nodes.
+        stage_starts: the first node of each.
+        head: package of the circuit that stands for the last stage in the last segment; None where that is
+            like the others.
         segment_steps: steps of a segment.
         total_steps: steps of every sequence, where the model has a head; 0 for any number.
-        first_state: the state before the first segment, flat; where states are hidden, the commitment to it.
+        first_states: of every stage the state before the first segment, flat; where states are hidden, the
+            commitment to it.
     """
 
-    segment: Package
+    stages: tuple[Package, ...]
+    stage_starts: tuple[int, ...]
     head: Package | None
     segment_steps: int
     total_steps: int
-    first_state: State
+    first_states: tuple[State, ...]
 
     @property
     def hides_states(self) -> bool:
         """Whether segments commit to their states instead of showing them."""
-        return isinstance(self.first_state, str)
+        return isinstance(self.first_states[0], str)
 
     @property
     def greedy(self) -> bool:
         """Whether proofs show what was generated instead of logits."""
-        return any(tensor.name == GENERATED for tensor in self.segment.public)
+        return any(tensor.name == GENERATED for tensor in self.last.public)
+
+    @property
+    def last(self) -> Package:
+        """Package of the last stage, which computes the logits."""
+        return self.stages[-1]
 
     @property
     def model_id(self) -> str:
-        """Of both circuits."""
-        return self.segment.model_id
+        """Of all circuits."""
+        return self.last.model_id
 
     def encode(self) -> bytes:
         """The bytes of ``verifier.zip``."""
@@ -70,12 +92,18 @@ class ChainPackage:
             "version": VERSION,
             "segment_steps": self.segment_steps,
             "total_steps": self.total_steps,
-            "first_state": self.first_state if isinstance(self.first_state, str) else list(self.first_state),
+            "stage_starts": list(self.stage_starts),
+            "first_states": [state if isinstance(state, str) else list(state) for state in self.first_states],
         }
-        content = {CARD: canonical_json(card), SEGMENT: self.segment.encode()}
+        content = {CARD: canonical_json(card)}
+        content |= {_member(d): stage.encode() for d, stage in enumerate(self.stages)}
         if self.head is not None:
             content[HEAD] = self.head.encode()
         return encode_stored_zip({name: content[name] for name in sorted(content)})
+
+
+def _member(stage: int) -> str:
+    return f"stage{stage:03}.zip"
 
 
 def is_point(value: Any) -> bool:
@@ -100,12 +128,17 @@ def decode_chain_package(raw: bytes, source: str) -> ChainPackage:
         with zipfile.ZipFile(io.BytesIO(raw)) as archive:
             members = archive.infolist()
             names = [member.filename for member in members]
-            if names not in ([CARD, SEGMENT], [CARD, HEAD, SEGMENT]):
+            stages = [_member(d) for d in range(len(names) - 1 - (HEAD in names))]
+            if not 1 <= len(stages) <= MAX_STAGES or names not in (
+                [CARD, *stages],
+                [CARD, HEAD, *stages],
+            ):
                 raise _refuse(source, "its members are not those of a chain's package")
             if any(
                 member.compress_type != zipfile.ZIP_STORED
                 or member.flag_bits
-                or max(member.file_size, member.compress_size) > _LIMITS[member.filename]
+                or max(member.file_size, member.compress_size)
+                > (MAX_CARD_BYTES if member.filename == CARD else MAX_PACKAGE_BYTES)
                 for member in members
             ):
                 raise _refuse(source, "a member is compressed, encrypted or too large")
@@ -116,24 +149,37 @@ def decode_chain_package(raw: bytes, source: str) -> ChainPackage:
         # zipfile does not say what it raises on hostile input; all of it is a no.
         raise _refuse(source, f"it is not a zip file ({error})") from error
     card = parse_json(content[CARD], CARD)
-    fields = {"format", "version", "segment_steps", "total_steps", "first_state"}
+    fields = {"format", "version", "segment_steps", "total_steps", "stage_starts", "first_states"}
     if not isinstance(card, dict) or set(card) != fields:
         raise _refuse(source, f"{CARD} has wrong fields")
     if (card["format"], card["version"]) != (FORMAT, VERSION) or type(card["version"]) is not int:
         raise _refuse(source, f"it is not of version {VERSION} of this format")
-    steps, total, first = card["segment_steps"], card["total_steps"], card["first_state"]
+    steps, total, starts, firsts = (
+        card[name] for name in ("segment_steps", "total_steps", "stage_starts", "first_states")
+    )
     if type(steps) is not int or type(total) is not int or steps < 1 or total < 0:
         raise _refuse(source, "its numbers of steps are wrong")
-    if not is_point(first) and (
-        not isinstance(first, list) or any(type(v) is not int or abs(v) > HALF for v in first)
+    # Stages that begin where the one before ends leave no node out.
+    if (
+        not _integers(starts)
+        or len(starts) != len(stages)
+        or starts[0] != 0
+        or any(a >= b for a, b in pairwise(starts))
     ):
-        raise _refuse(source, "its first state is neither a list of integers nor a commitment")
+        raise _refuse(source, "its stages do not begin one after the other")
+    if (
+        not isinstance(firsts, list)
+        or len(firsts) != len(stages)
+        or not (all(map(is_point, firsts)) or all(map(_integers, firsts)))
+    ):
+        raise _refuse(source, "its first states are neither lists of integers nor commitments")
     package = ChainPackage(
-        segment=decode_package(content[SEGMENT], f"{source}/{SEGMENT}"),
+        stages=tuple(decode_package(content[name], f"{source}/{name}") for name in stages),
+        stage_starts=tuple(starts),
         head=decode_package(content[HEAD], f"{source}/{HEAD}") if HEAD in content else None,
         segment_steps=steps,
         total_steps=total,
-        first_state=first if isinstance(first, str) else tuple(first),
+        first_states=tuple(state if isinstance(state, str) else tuple(state) for state in firsts),
     )
     _check(package, source)
     if package.encode() != raw:
@@ -141,41 +187,58 @@ def decode_chain_package(raw: bytes, source: str) -> ChainPackage:
     return package
 
 
+def _integers(value: Any) -> bool:
+    return isinstance(value, list) and all(type(v) is int and abs(v) <= HALF for v in value)
+
+
 def _check(package: ChainPackage, source: str) -> None:
-    """The two circuits belong to one chain."""
-    segment, head = package.segment, package.head
-    begun = _places(segment, package.hides_states)
-    state = begun.get(STATE_IN, 0)
-    if begun != {CHAIN: CHAIN_VALUES, STATE_IN: state, STATE_OUT: state} or state < 1:
-        raise _refuse(source, "its circuit is not that of a segment")
-    if isinstance(package.first_state, tuple) and len(package.first_state) != state:
-        raise _refuse(source, "its first state has another size than its circuit's")
+    """The circuits belong to one chain."""
+    stages, head, hidden = package.stages, package.head, package.hides_states
+    received = 0
+    for d, (stage, first) in enumerate(zip(stages, package.first_states, strict=True)):
+        sizes = _links(stage, hidden)
+        state, handed_on = sizes.get(STATE_IN, 0), sizes.get(ACTIVATIONS_OUT, 0)
+        expected = {STATE_IN: state, STATE_OUT: state}
+        if d > 0:
+            expected[ACTIVATIONS_IN] = received
+        if d < len(stages) - 1:
+            expected[ACTIVATIONS_OUT] = handed_on
+        if sizes != expected or 0 in expected.values():
+            raise _refuse(source, f"its circuit {d} is not that of a stage")
+        if isinstance(first, tuple) and len(first) != state:
+            raise _refuse(source, "its first state has another size than its circuit's")
+        received = handed_on
     if (head is None) != (package.total_steps == 0):
         raise _refuse(source, "it has a head without a number of steps, or the reverse")
+    # Commitments of circuits with other rows, or another SRS, could not be compared.
+    shared = ("model_id", "ezkl_version", *(("logrows", "verifying_srs") if hidden else ()))
+    for other in (*stages[:-1], *([] if head is None else [head])):
+        if any(getattr(other, name) != getattr(package.last, name) for name in shared):
+            raise _refuse(source, "its circuits do not belong together")
     if head is None:
         return
-    if _places(head, package.hides_states) != {CHAIN: CHAIN_VALUES, STATE_IN: state}:
+    entering = {name: size for name, size in _links(package.last, hidden).items() if name != STATE_OUT}
+    if _links(head, hidden) != entering:
         raise _refuse(source, "its head is not that of a chain")
-    # Commitments of circuits with other rows, or another SRS, could not be compared.
-    shared = ("model_id", "ezkl_version", *(("logrows", "verifying_srs") if package.hides_states else ()))
-    if any(getattr(head, name) != getattr(segment, name) for name in shared):
-        raise _refuse(source, "its circuits do not belong together")
     if package.total_steps % package.segment_steps or package.total_steps == package.segment_steps:
         raise _refuse(source, "its segments do not make up the sequence")
 
 
-def _places(circuit: Package, hidden: bool) -> dict[str, int]:
-    """Sizes of what links a circuit: among its public values, or its states among its first commitments."""
+def _links(circuit: Package, hidden: bool) -> dict[str, int]:
+    """Sizes of what links a circuit, among its public values or its first commitments; empty for one that
+    does not show its place, or mixes the two forms."""
     shown = {tensor.name: tensor.size for tensor in circuit.public if tensor.stated}
-    sizes = {name: size for name, size in shown.items() if name in (CHAIN, STATE_IN, STATE_OUT)}
+    sizes = {name: shown[name] for name in LINKS if name in shown}
+    committed = [name for name, _ in circuit.committed if name in LINKS]
+    if shown.get(CHAIN) != CHAIN_VALUES or (sizes if hidden else committed):
+        return {}
     if not hidden:
         return sizes
-    committed = [name for name, _ in circuit.committed[:2]]
-    expected = [name for name in (STATE_IN, STATE_OUT) if name in dict(circuit.committed)]
-    # A state both shown and committed to, or committed to elsewhere, would be none of these two forms.
-    if set(sizes) != {CHAIN} or committed[: len(expected)] != expected:
+    expected = [name for name in LINKS if name in committed]
+    # Committed to elsewhere, it would be none of these.
+    if [name for name, _ in circuit.committed[: len(expected)]] != expected or committed != expected:
         return {}
-    return sizes | {name: size for name, size in circuit.committed if name in expected}
+    return {name: size for name, size in circuit.committed if name in LINKS}
 
 
 def read_chain_package(path: Path) -> tuple[ChainPackage, str]:

@@ -13,6 +13,7 @@ from zk.identity import is_sha256
 FORMAT = "mambaint-proof"
 VERSION = 1
 MAX_FILE_BYTES = 64 << 20
+NOT_CANONICAL = "the file is not in the one canonical form"
 
 _FIELDS = {"format", "version", "model_id", "circuit_id", "verifier_package", "public", "segments"}
 
@@ -142,5 +143,5 @@ def decode_proof(raw: bytes) -> Proof:
         public=decode_public(value["public"]),
         segments=_decode_segments(value["segments"]),
     )
-    expect(proof.encode() == raw, "the file is not in the one canonical form")
+    expect(proof.encode() == raw, NOT_CANONICAL)
     return proof

@@ -1,8 +1,8 @@
-"""Proving a sequence as a chain of segments with one key pair, and at most one more for its end.
+"""Proving a sequence as a chain of segments: a key pair for each stage of the model, and one for an end.
 
 Segments are independent jobs once their states are known, and those cost no proof: the witnesses are computed
-one after the other, ahead of the provers. A finished segment is written to the chain's folder at once, under
-a name made of its content; a run that was killed goes on from what it finds there, after checking it.
+one after the other, ahead of the provers. A finished proof is written to the chain's folder at once, under a
+name made of its content; a run that was killed goes on from what it finds there, after checking it.
 """
 
 from __future__ import annotations
@@ -20,17 +20,36 @@ from typing import Any
 
 import numpy as np
 
-from circuits.circuit import CHAIN_BITS, GENERATED, SALTS, STATE_IN, STATE_OUT, TOKENS, Witness
+from circuits.circuit import (
+    ACTIVATIONS_IN,
+    ACTIVATIONS_OUT,
+    CHAIN_BITS,
+    GENERATED,
+    SALTS,
+    STATE_IN,
+    STATE_OUT,
+    TOKENS,
+    Witness,
+)
 from circuits.lowering import LoweredCircuit, build_circuit
-from circuits.segment import FLAGS, PLACE, Segment, initial_state, leaving, named_state, reduction
+from circuits.segment import FLAGS, PLACE, Segment, by_name, initial_state, leaving, reduction
+from circuits.stages import chain_forms, cut_stages
 from mamba_int.decoding_state import DecodingState
 from mamba_int.errors import MambaintError
-from mamba_int.files import canonical_json, parse_json, read_bytes, read_json, write_bytes, write_json
+from mamba_int.files import (
+    canonical_json,
+    parse_json,
+    read_bytes,
+    read_json,
+    replacing,
+    write_bytes,
+    write_json,
+)
 from mamba_int.graph import Graph, IntArray
 from mamba_int.interpreter import evaluate, evaluate_step
 from zk import field
 from zk.chain_package import ChainPackage, decode_chain_package
-from zk.chain_proof import ChainProof, SegmentProof, decode_segment
+from zk.chain_proof import ChainHeader, StageProof, Stages, decode_stage, encoded
 from zk.identity import is_sha256
 from zk.keys import Keys, make_keys
 from zk.local_provers import LocalProvers
@@ -40,15 +59,17 @@ from zk.proof import InvalidProof
 from zk.provable import statement
 from zk.provers import Provers
 from zk.srs import check_choice, chosen_srs
-from zk.verify_chain import check_chain, check_one, greedy_flags, state_before
+from zk.verify_chain import check_chain, check_stage, greedy_flags, point_of
 
 FORMAT = "mambaint-chain-folder"
+SECRET, PROOF = "chain.json", "proof.json"
+"""In a chain's folder, beside the finished stages."""
 VERSION = 1
 PURPOSE = "secret until the chain is proved: with this seed anyone can test guesses of a hidden input"
 
 
 @dataclass(frozen=True)
-class SegmentCircuit:
+class StageCircuit:
     """One of a chain's circuits with its keys."""
 
     lowered: LoweredCircuit
@@ -63,31 +84,31 @@ class ProvableChain:
     Attributes:
         graph: the integer graph.
         steps: of a segment.
-        segment: the circuit of every segment, or of every one but the last.
-        head: the circuit of the last; None where it is like the others.
+        stages: the circuits of every segment.
+        head: the circuit that stands for the last stage in the last segment; None where that is like others.
         package: bytes of the verifier package.
     """
 
     graph: Graph
     steps: int
-    segment: SegmentCircuit
-    head: SegmentCircuit | None
+    stages: tuple[StageCircuit, ...]
+    head: StageCircuit | None
     package: bytes
 
     @property
+    def circuits(self) -> tuple[StageCircuit, ...]:
+        """All of them."""
+        return self.stages if self.head is None else (*self.stages, self.head)
+
+    @property
     def hidden(self) -> bool:
-        """Whether segments commit to their states instead of showing them."""
-        return any(group.name == STATE_IN for group in self.segment.lowered.circuit.inputs)
+        """Whether proofs commit to the links instead of showing them."""
+        return any(group.name == STATE_IN for group in self.stages[0].lowered.circuit.inputs)
 
     @property
     def greedy(self) -> bool:
         """Whether proofs show what was generated instead of logits."""
-        return any(tensor.name == GENERATED for tensor in self.segment.lowered.circuit.public)
-
-    @property
-    def first_state(self) -> IntArray:
-        """The state before the first step, flat."""
-        return first_state(self.segment.lowered)
+        return any(tensor.name == GENERATED for tensor in self.stages[-1].lowered.circuit.public)
 
 
 @dataclass(frozen=True)
@@ -95,18 +116,19 @@ class ChainResult:
     """A chain that passed its own check.
 
     Attributes:
-        file: the bytes of ``proof.json``.
-        steps: of the sequence. segments: how many there are.
-        proved: how many of them were proved now, rather than found.
+        file: ``proof.json``, in the chain's folder, to be moved from there.
+        steps: of the sequence. segments: how many there are. stages: of each.
+        proved: how many proofs were made now, rather than found.
         prove_seconds: of the proofs made now, in sum. wall_seconds: until all were there.
         job_seconds: of each proof made now, as they ended: from the start of its process to its end.
         peak_bytes: largest memory of one proving process.
         public: as in the verdict.
     """
 
-    file: bytes
+    file: Path
     steps: int
     segments: int
+    stages: int
     proved: int
     prove_seconds: float
     job_seconds: tuple[float, ...]
@@ -119,6 +141,7 @@ def prepare_chain(
     graph: Graph,
     steps: int,
     *,
+    stages: int = 1,
     public_input: bool = False,
     public_states: bool = False,
     greedy: bool = False,
@@ -132,8 +155,10 @@ def prepare_chain(
     Args:
         graph: the model.
         steps: of a segment; for a model that ends in a sum or maximum over time, a part of ``graph.seq_len``.
+        stages: to cut the model into by layers, each with keys of its own.
         public_input: show the input in proofs.
-        public_states: show the states between segments, which say much of the input, instead of committing.
+        public_states: show the states and activations between circuits, which say much of the input, instead
+            of committing.
         greedy: prove which tokens a language model generated instead of its logits.
         logrows: make circuits of 2^logrows rows; None for the fewest that hold each.
         srs_path, srs_sha256: SRS of a ceremony and its hash; None for one made here.
@@ -156,35 +181,44 @@ def prepare_chain(
         "logits_of_every_step": graph.types[graph.output].shape[:1] == (graph.seq_len,) and not ended,
     }
 
-    def lowered_at(segment: Segment, rows: int | None) -> LoweredCircuit:
-        say(f"building the circuit of {'the last segment' if segment.head else 'a segment'}")
-        return build_circuit(graph, public_input, rows, segment=segment)
+    def lowered_at(form: Segment, rows: int | None) -> LoweredCircuit:
+        where = "the last segment" if form.head else "a segment"
+        if form.nodes is not None and stages > 1:
+            where = f"stage {[part.start for part in parts].index(form.nodes.start)} of {where}"
+        say(f"building the circuit of {where}")
+        return build_circuit(graph, public_input, rows, segment=form)
 
-    def made(lowered: LoweredCircuit) -> SegmentCircuit:
+    def made(lowered: LoweredCircuit) -> StageCircuit:
         k = lowered.circuit.logrows
         srs = chosen_srs(srs_path, srs_sha256, k)
         say(f"keys for {lowered.circuit.rows:,} rows of 2^{k} (made once)")
         keys = make_keys(lowered.circuit, sample_witness(graph, lowered, steps), srs)
-        return SegmentCircuit(lowered, keys, keys.package(stated))
+        return StageCircuit(lowered, keys, keys.package(stated))
 
-    forms = [
-        Segment(steps, head, not public_states, greedy) for head in ((False, True) if ended else (False,))
-    ]
-    circuits = [lowered_at(form, logrows) for form in forms]
-    if not public_states and len({lowered.circuit.logrows for lowered in circuits}) > 1:
+    parts = cut_stages(graph, stages, greedy)
+    forms = chain_forms(graph, parts, Segment(steps, hidden=not public_states, greedy=greedy))
+    lowered = [lowered_at(form, logrows) for form in forms]
+    most = max(circuit.circuit.logrows for circuit in lowered)
+    if not public_states:
         # Commitments of circuits with other numbers of rows cannot be compared.
-        most = max(lowered.circuit.logrows for lowered in circuits)
-        circuits = [lowered_at(form, most) for form in forms]
-    body, *ends = (made(lowered) for lowered in circuits)
-    head = ends[0] if ends else None
+        lowered = [
+            circuit if circuit.circuit.logrows == most else lowered_at(form, most)
+            for form, circuit in zip(forms, lowered, strict=True)
+        ]
+    circuits = [made(circuit) for circuit in lowered]
+    body, head = tuple(circuits[: len(parts)]), circuits[-1] if ended else None
     package = ChainPackage(
-        segment=body.package,
+        stages=tuple(stage.package for stage in body),
+        stage_starts=tuple(part.start for part in parts),
         head=None if head is None else head.package,
         segment_steps=steps,
         total_steps=graph.seq_len if ended else 0,
-        first_state=tuple(first_state(body.lowered).tolist())
-        if public_states
-        else first_commitment(body.lowered, body.package, body.keys.srs.path),
+        first_states=tuple(
+            tuple(first_state(stage.lowered).tolist())
+            if public_states
+            else first_commitment(stage.lowered, stage.package, stage.keys.srs.path)
+            for stage in body
+        ),
     )
     return ProvableChain(graph, steps, body, head, package.encode())
 
@@ -194,23 +228,30 @@ FIRST_SALTS = tuple(range(1, SALTS + 1))
 
 
 def first_state(lowered: LoweredCircuit) -> IntArray:
-    """The state before the first step, flat, as the circuit of a segment has it."""
+    """The state of a stage before the first step, flat."""
     assert lowered.carried is not None
     return initial_state(lowered.carried.shapes, lowered.carried.first)
 
 
 def sample_witness(graph: Graph, lowered: LoweredCircuit, steps: int) -> Witness:
-    """An honest witness of a segment: the lowest input, from the first state."""
+    """An honest witness of a stage: the lowest input, from the first state."""
     low, features = graph.input.integer("low"), graph.input.integer("features")
     inputs = np.full((steps, features) if features else (steps,), low, np.int64)
-    return segment_witness(lowered, inputs, first_state(lowered), (0, 0, 0))
+    carried = lowered.carried
+    assert carried is not None
+    received = [np.zeros(0, np.int64)]
+    for name in carried.activations_in:
+        cells = carried.entered([name])
+        lowest, highest = lowered.cells.bounds(cells)
+        received.append(np.full(cells.size, min(max(0, lowest), highest), np.int64))
+    return segment_witness(lowered, inputs, first_state(lowered), np.concatenate(received), (0, 0, 0))
 
 
 def first_commitment(lowered: LoweredCircuit, package: Package, srs: Path) -> str:
-    """The commitment to the state before the first segment, as :attr:`ChainPackage.first_state` has it.
+    """The commitment to the state before the first segment, as :attr:`ChainPackage.first_states` has it.
 
     Args:
-        lowered: the circuit of a segment. package: its verifier package. srs: the full SRS file.
+        lowered: the circuit of a stage. package: its verifier package. srs: the full SRS file.
     """
     values = (*_padded_state(lowered, first_state(lowered)), *FIRST_SALTS)
     job = {
@@ -227,7 +268,7 @@ def _padded_state(lowered: LoweredCircuit, state: IntArray) -> list[int]:
     """A flat state as its ONNX input holds it: odd parts have a spare cell."""
     assert lowered.carried is not None
     values: list[int] = []
-    for part in named_state(lowered.carried.shapes, state).values():
+    for part in by_name(lowered.carried.shapes, state).values():
         values += [*part.ravel().tolist(), *[0] * (part.size % 2)]
     return values
 
@@ -236,20 +277,23 @@ def segment_witness(
     lowered: LoweredCircuit,
     inputs: IntArray,
     state: IntArray,
+    received: IntArray,
     place: tuple[int, int, int],
     flags: list[int] | None = None,
 ) -> Witness:
-    """The witness of one segment.
+    """The witness of one stage of a segment.
 
     Args:
         lowered: its circuit.
-        inputs: its steps.
+        inputs: steps of the segment.
         state: before it, flat.
+        received: the activations of the stage before, flat.
         place: the number of the chain, the position, and of the last segment its steps, else 0.
         flags: which steps are greedy, where generation is proved; default: none.
     """
     assert lowered.carried is not None
-    given = named_state(lowered.carried.shapes, state) | {PLACE: np.array(place, dtype=object)}
+    given = by_name(lowered.carried.shapes, state) | {PLACE: np.array(place, dtype=object)}
+    given |= by_name(lowered.carried.activations_in, received)
     given[FLAGS] = np.array(flags if flags is not None else [0] * len(inputs), np.int64)
     return lowered.witness(inputs, given=given)
 
@@ -265,12 +309,12 @@ class ChainSecret:
         """Of the chain; public in the proof."""
         return int.from_bytes(self.tag("number")[: CHAIN_BITS // 8], "big")
 
-    def salts(self, position: int, state: IntArray) -> list[int]:
-        """Of the state before the segment at this position. The same salts never stand behind two states:
-        their commitments would show the difference."""
-        if position == 0:
+    def salts(self, link: str, position: int, stage: int, values: IntArray) -> list[int]:
+        """Of the state or the activations that enter this stage of the segment at this position. The same
+        salts never stand behind two of them: their commitments would show the difference."""
+        if link == STATE_IN and position == 0:
             return list(FIRST_SALTS)
-        own = self.tag("state", position, state.tolist())
+        own = self.tag(link, position, stage, values.tolist())
         parts = (hmac.digest(own, str(i).encode(), "sha512") for i in range(SALTS))
         return [int.from_bytes(part, "big") % field.PRIME for part in parts]
 
@@ -281,17 +325,19 @@ class ChainSecret:
 
 @dataclass(frozen=True)
 class Job:
-    """One segment to be proved: independent of all others, and named by its content.
+    """One stage of a segment to be proved: independent of all others, and named by its content.
 
     Attributes:
         place: the number of the chain, the position, and of the last segment its steps, else 0.
+        stage: which one.
         flags: which of its steps are greedy. circuit: its circuit. witness: the values.
         name: of the file that holds its proof.
     """
 
     place: tuple[int, int, int]
+    stage: int
     flags: list[int]
-    circuit: SegmentCircuit
+    circuit: StageCircuit
     witness: Witness
     name: str
 
@@ -323,7 +369,7 @@ def cut(pieces: Iterable[IntArray], steps: int) -> Iterator[tuple[IntArray, bool
 def jobs_of(
     chain: ProvableChain, pieces: Iterable[IntArray], secret: ChainSecret, prompt: int = 0
 ) -> Iterator[Job]:
-    """The segments of a sequence, one after the other, checked against the interpreter.
+    """The stages of the segments of a sequence, one after the other, checked against the interpreter.
 
     Args:
         chain: the circuits.
@@ -335,11 +381,10 @@ def jobs_of(
         MambaintError: if the length does not fit, a token is not the greedy one, or the circuits compute
             other integers than the specification: an internal fault.
     """
-    state, graph = chain.first_state, chain.graph
+    states, graph = [first_state(stage.lowered) for stage in chain.stages], chain.graph
     check = _Check(graph, whole=chain.head is not None)
     start = 0
     for i, (inputs, last) in enumerate(cut(pieces, chain.steps)):
-        circuit = chain.head if last and chain.head is not None else chain.segment
         place = secret.number, i, len(inputs) if last else 0
         if chain.head is not None and (i + 1 == graph.seq_len // chain.steps) != last:
             raise MambaintError(
@@ -355,15 +400,27 @@ def jobs_of(
             raise MambaintError(
                 f"a prompt of {prompt} tokens leaves nothing generated of {start}", "give a shorter prompt"
             )
-        witness = segment_witness(circuit.lowered, padded, state, place, flags)
-        name = secret.tag("segment", list(place), flags, padded.tolist(), state.tolist()).hex()[:32]
-        after = state_after_witness(circuit.lowered, witness)
-        if chain.hidden:
-            salts = {STATE_IN: secret.salts(i, state), STATE_OUT: secret.salts(i + 1, after)}
-            witness = replace(witness, salts=salts)
-        check(padded, witness, flags)
-        yield Job(place, flags, circuit, witness, f"{name}.json")
-        state = after
+        received = np.zeros(0, np.int64)
+        for d, circuit in enumerate(chain.stages):
+            if last and d == len(chain.stages) - 1 and chain.head is not None:
+                circuit = chain.head
+            state, lowered = states[d], circuit.lowered
+            witness = segment_witness(lowered, padded, state, received, place, flags)
+            content = [list(place), d, flags, *(a.tolist() for a in (padded, state, received))]
+            name = secret.tag("segment", *content).hex()[:32]
+            after, handed_on = leaves(lowered, witness, STATE_OUT), leaves(lowered, witness, ACTIVATIONS_OUT)
+            if chain.hidden:
+                salts = {
+                    STATE_IN: secret.salts(STATE_IN, i, d, state),
+                    STATE_OUT: secret.salts(STATE_IN, i + 1, d, after),
+                    ACTIVATIONS_IN: secret.salts(ACTIVATIONS_IN, i, d, received),
+                    ACTIVATIONS_OUT: secret.salts(ACTIVATIONS_IN, i, d + 1, handed_on),
+                }
+                witness = replace(witness, salts=salts)
+            if d == len(chain.stages) - 1:
+                check(padded, witness, flags)
+            yield Job(place, d, flags, circuit, witness, f"{name}.json")
+            states[d], received = after, handed_on
 
 
 class _Check:
@@ -382,6 +439,7 @@ class _Check:
         self._state = None if whole or ends is not None else DecodingState.of(graph, 1)
 
     def __call__(self, inputs: IntArray, witness: Witness, flags: list[int]) -> None:
+        """On the witness of a last stage; ``inputs`` are the steps of its segment."""
         if self._state is not None:
             steps = []
             for step, greedy in zip(inputs, flags, strict=True):
@@ -405,20 +463,22 @@ class _Check:
             )
 
 
-def state_after_witness(lowered: LoweredCircuit, witness: Witness) -> IntArray:
-    """The state that a segment hands on, flat; empty after a head."""
+def leaves(lowered: LoweredCircuit, witness: Witness, link: str) -> IntArray:
+    """What a stage hands on by this link, flat; empty if nothing."""
     assert lowered.carried is not None
-    if STATE_OUT in witness.public:
-        return np.array(witness.public[STATE_OUT], np.int64)
-    parts = []
-    for name, shape in lowered.carried.shapes.items():
+    if link in witness.public:
+        return np.array(witness.public[link], np.int64)
+    carried = lowered.carried
+    shapes = carried.shapes if link == STATE_OUT else carried.activations_out
+    parts = [np.zeros(0, np.int64)]
+    for name, shape in shapes.items():
         copy = witness.private.get(leaving(name), [])
         parts.append(np.array(copy[: math.prod(shape)], np.int64))
     return np.concatenate(parts)
 
 
 TRIES = 3
-"""How often a segment is begun whose prover is killed: a third time it is no accident, and the run ends."""
+"""How often a proof is begun whose prover is killed: nobody kills one thrice by chance."""
 LOOK_SECONDS = 5.0
 """After which it is asked again how many provers there are."""
 
@@ -445,7 +505,7 @@ def prove_chain(
         prompt: where generation is proved, the steps that were given: 1 or more, fewer than all.
         provers: who proves the segments, entered and left by the caller; default: one process at a time on
             this machine.
-        tell: told how many segments are done, and whether more are to come.
+        tell: told how many proofs are done, and whether more are to come.
         timeout: seconds before giving a segment up.
 
     Raises:
@@ -463,10 +523,11 @@ def prove_chain(
     secret = _secret(folder, digest)
     started = time.perf_counter()
     run = _Run(folder, provers, _needed(chain), tell, timeout)
-    steps = 0
+    steps, jobs = 0, []
     try:
         for job in jobs_of(chain, pieces, secret, prompt):
             steps = job.place[1] * chain.steps + job.place[2]
+            jobs.append(job.name)
             run.add(job)
         run.finish()
     except BaseException:
@@ -474,18 +535,23 @@ def prove_chain(
         run.keep()
         raise
     wall = time.perf_counter() - started
-    segments = tuple(run.done[i] for i in range(len(run.done)))
-    proof = ChainProof(package.model_id, digest, secret.number, steps, prompt, segments).encode()
-    verdict = check_chain(proof, package, digest)
+    segments = len(jobs) // len(chain.stages)
+    header = ChainHeader(package.model_id, digest, secret.number, steps, prompt)
+    file = folder / PROOF
+    with replacing(file) as temporary, temporary.open("wb") as stream:
+        stream.writelines(encoded(header, _segments(folder, jobs, len(chain.stages))))
+    with file.open("rb") as stream:
+        verdict = check_chain(stream, package, digest)
     if not verdict.valid:
         raise MambaintError(
             f"the finished chain is not valid and was discarded: {verdict.reason}",
             f"delete the folder {folder}, and prove again",
         )
     return ChainResult(
-        file=proof,
+        file=file,
         steps=steps,
-        segments=len(segments),
+        segments=segments,
+        stages=len(chain.stages),
         proved=len(run.answers),
         prove_seconds=sum(answer["prove_seconds"] for answer in run.answers),
         job_seconds=tuple(answer["job_seconds"] for answer in run.answers),
@@ -513,14 +579,13 @@ class _Run:
         self._folder, self._provers, self._needed = folder, provers, needed
         self._tell, self._timeout = tell, timeout
         self._flying: dict[Future[dict[str, Any]], tuple[Job, int]] = {}
-        self.done: dict[int, SegmentProof] = {}
+        self._done = 0
         self.answers: list[dict[str, Any]] = []
 
     def add(self, job: Job) -> None:
         """Begin a segment as soon as there is room, or find that it is done."""
-        found = _finished(self._folder / job.name, job)
-        if found is not None:
-            self.done[job.place[1]] = found
+        if _finished(self._folder / job.name, job):
+            self._done += 1
             return
         while len(self._flying) >= self._provers.room(self._needed):
             self._wait()
@@ -540,64 +605,81 @@ class _Run:
     def _wait(self) -> None:
         """Until one ends, or for a while; the fault of any is raised, but that a prover was killed."""
         ended, _ = wait(self._flying, timeout=LOOK_SECONDS, return_when=FIRST_COMPLETED)
-        self.keep(ended)
-        for future in ended:
-            job, tries = self._flying.pop(future)
+        landed = [(future, *self._flying.pop(future)) for future in ended]
+        for future, job, _ in landed:
+            self._keep(future, job)
+        for future, job, tries in landed:
             fault = future.exception()
             if isinstance(fault, JobKilled) and tries < TRIES:
                 self._begin(job, tries + 1)
             elif fault is not None:
                 raise fault
-        if ended and self.done:
-            self._tell(len(self.done), bool(self._flying))
+        if landed and self._done:
+            self._tell(self._done, bool(self._flying))
 
-    def keep(self, ended: Iterable[Future[dict[str, Any]]] | None = None) -> None:
-        """Write those of these that were proved; default: of all that are in flight."""
-        for future in self._flying if ended is None else ended:
-            job, _ = self._flying[future]
-            if not future.done() or future.cancelled() or future.exception() is not None:
-                continue
-            answer = future.result()
-            proved = _segment_proof(job.witness, bytes.fromhex(answer["proof"]))
-            write_bytes(self._folder / job.name, canonical_json(proved.document))
-            self.answers.append(answer)
-            self.done[job.place[1]] = proved
+    def keep(self) -> None:
+        """Write what was proved of those in flight, before they are given up."""
+        for future, (job, _) in self._flying.items():
+            if future.done():
+                self._keep(future, job)
+
+    def _keep(self, future: Future[dict[str, Any]], job: Job) -> None:
+        """Write the proof of one that has ended, if it has made any."""
+        if future.cancelled() or future.exception() is not None:
+            return
+        answer = future.result()
+        proved = _stage_proof(job.witness, bytes.fromhex(answer.pop("proof")))
+        write_bytes(self._folder / job.name, canonical_json(proved.document))
+        self.answers.append(answer)
+        self._done += 1
 
 
 def _needed(chain: ProvableChain) -> int:
-    """Bytes of memory that a proof of any segment takes."""
-    circuits = (chain.segment, *([] if chain.head is None else [chain.head]))
-    return max(circuit.keys.peak_bytes for circuit in circuits)
+    """Bytes of memory that a proof of any stage takes."""
+    return max(circuit.keys.peak_bytes for circuit in chain.circuits)
 
 
-def _segment_proof(witness: Witness, proof: bytes) -> SegmentProof:
+def _segments(folder: Path, names: list[str], stages: int) -> Iterator[Stages]:
+    """The segments that a folder holds, from these files in order."""
+    for first in range(0, len(names), stages):
+        yield tuple(_read_stage(folder / name) for name in names[first : first + stages])
+
+
+def _read_stage(path: Path) -> StageProof:
+    return decode_stage(parse_json(read_bytes(path, "prove again"), str(path)))
+
+
+def _stage_proof(witness: Witness, proof: bytes) -> StageProof:
     shown: dict[str, list[int]] = {
         name: witness.public[name] for name in ("input", "logits", TOKENS) if name in witness.public
     }
-    return SegmentProof(shown, tuple(witness.public.get(STATE_OUT, [])), proof)
+    state, activations = (tuple(witness.public.get(name, [])) for name in (STATE_OUT, ACTIVATIONS_OUT))
+    return StageProof(shown, state, activations, proof)
 
 
-def _finished(path: Path, job: Job) -> SegmentProof | None:
-    """A segment that an earlier run has proved; None if there is none, or it is not what it has to be."""
-    witness = job.witness
+def _finished(path: Path, job: Job) -> bool:
+    """Whether an earlier run has proved a stage, and the file is still what it has to be."""
     if not path.exists():
-        return None
+        return False
+    witness, trusted = job.witness, job.circuit.package
     try:
-        found = decode_segment(parse_json(read_bytes(path, ""), str(path)))
-        if found != _segment_proof(witness, found.proof):
-            return None
-        trusted = job.circuit.package
-        # Whether a commitment is that of the segment before is seen when the chain is whole.
-        before = state_before(found, trusted, tuple(witness.public.get(STATE_IN, [])))
-        check_one(found, job.place, before, trusted, job.flags)
+        found = _read_stage(path)
+        if found != _stage_proof(witness, found.proof):
+            return False
+        # Whether a commitment is that of the circuit before is seen when the chain is whole.
+        before, received = (
+            point_of(found, trusted, name) or tuple(witness.public.get(name, []))
+            for name in (STATE_IN, ACTIVATIONS_IN)
+        )
+        check_stage(found, job.place, before, received, trusted, job.flags)
     except (InvalidProof, MambaintError):
-        return None
-    return found
+        return False
+    return True
 
 
 def _secret(folder: Path, digest: str) -> ChainSecret:
     """The secret of the chain that a folder holds, drawn now if it holds none."""
-    path = folder / "chain.json"
+    path = folder / SECRET
     if not path.exists():
         fresh = {
             "format": FORMAT,

@@ -7,6 +7,7 @@ anew and compared to the byte. So is everything else of the package but its desc
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -14,13 +15,14 @@ from circuits.circuit import COMMITTED_INPUT, Witness
 from circuits.lowering import LoweredCircuit, build_circuit
 from circuits.sample import sample_input
 from circuits.segment import Segment, reduction
+from circuits.stages import chain_forms, cut_points
 from mamba_int.graph import Graph
 from zk.chain_package import ChainPackage, read_chain_package
 from zk.keys import make_keys
 from zk.package import Package, read_package
 from zk.prove_chain import first_commitment, first_state, sample_witness
 from zk.srs import Srs, find_srs
-from zk.verify import Verdict, check, read_proof
+from zk.verify import Verdict, check, open_proof, read_proof
 from zk.verify_chain import check_chain
 
 OTHER_KEY = "the verifying key is not that of this model"
@@ -70,7 +72,8 @@ def verify_chain_rederived(
     Args and errors as for :func:`verify_rederived`; ``workers`` as for ``verify_chain``.
     """
     package, digest = read_chain_package(package_path)
-    verdict = check_chain(read_proof(proof_path), package, digest, expected_model_id, workers)
+    with open_proof(proof_path) as stream:
+        verdict = check_chain(stream, package, digest, expected_model_id, workers)
     if not verdict.valid:
         return verdict
     reason = chain_fault(package, graph, srs_path, cache)
@@ -97,23 +100,26 @@ def chain_fault(
     ends, steps = reduction(graph) is not None, package.segment_steps
     if ends != (package.head is not None) or package.total_steps != (graph.seq_len if ends else 0):
         return "the trusted package is for sequences of another form than this model's"
-    reason = ""
-    for circuit in (package.segment, package.head):
-        if circuit is None or reason:
-            continue
+    if not set(package.stage_starts[1:]) <= set(cut_points(graph, package.greedy)):
+        return "its stages are not stages of this model"
+    edges = (*package.stage_starts, len(graph.nodes))
+    form = Segment(steps, hidden=package.hides_states, greedy=package.greedy)
+    forms = chain_forms(graph, tuple(range(*edge) for edge in pairwise(edges)), form)
+    bodies = forms[: len(package.stages)]
+    for circuit, own, first in zip(package.stages, bodies, package.first_states, strict=True):
         srs = _named_srs(circuit, srs_path, cache)
-        lowered = _lowered(
-            circuit, graph, Segment(steps, circuit is package.head, package.hides_states, package.greedy)
-        )
+        lowered = _lowered(circuit, graph, own)
         reason = _key_fault(circuit, lowered, sample_witness(graph, lowered, steps), srs)
-        if circuit is package.segment and not reason:
-            wanted = (
-                first_commitment(lowered, circuit, srs.path)
-                if package.hides_states
-                else tuple(first_state(lowered).tolist())
-            )
-            reason = "" if wanted == package.first_state else "the first state is not that of this model"
-    return reason
+        if reason:
+            return reason
+        point = first_commitment(lowered, circuit, srs.path) if package.hides_states else ""
+        if first != (point or tuple(first_state(lowered).tolist())):
+            return "the first state is not that of this model"
+    if package.head is None:
+        return ""
+    srs = _named_srs(package.head, srs_path, cache)
+    lowered = _lowered(package.head, graph, forms[-1])
+    return _key_fault(package.head, lowered, sample_witness(graph, lowered, steps), srs)
 
 
 def _lowered(package: Package, graph: Graph, segment: Segment | None = None) -> LoweredCircuit:

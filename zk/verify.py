@@ -6,10 +6,12 @@ Fails closed: a proof is valid only if every check passes and EZKL answers True 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, BinaryIO
 
 from circuits.circuit import COMMITTED_INPUT
 from mamba_int.errors import MambaintError
@@ -77,9 +79,20 @@ def read_proof(proof_path: Path) -> bytes:
     Raises:
         MambaintError: if it cannot be read.
     """
+    with open_proof(proof_path) as stream:
+        return stream.read(MAX_FILE_BYTES + 1)
+
+
+@contextmanager
+def open_proof(proof_path: Path) -> Iterator[BinaryIO]:
+    """Yield a proof file to read from.
+
+    Raises:
+        MambaintError: if it cannot be opened or read.
+    """
     try:
         with proof_path.open("rb") as stream:
-            return stream.read(MAX_FILE_BYTES + 1)
+            yield stream
     except OSError as error:
         raise MambaintError(
             f"cannot read the proof {proof_path}: {error.strerror or error}", "check the path"

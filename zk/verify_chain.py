@@ -1,24 +1,27 @@
 """Checking a chain of segment proofs against a trusted package, as one statement about one sequence.
 
 Fails closed, like ``zk.verify``. Every segment is checked with instances that are rebuilt here: its place in
-the chain, the state before it (the package's for the first, that of the segment before for the others), and
-the state after it. A segment that was dropped, doubled, moved, taken from another chain or made from another
-state was proved with other instances, and does not verify.
+the chain, the state before it (the package's for the first, that of the segment before for the others), the
+state after it, and what crosses between its stages. A segment that was dropped, doubled, moved, taken from
+another chain or made from another state was proved with other instances, and does not verify.
 """
 
 from __future__ import annotations
 
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO
 
-from circuits.circuit import CHAIN, GENERATED, STATE_IN, STATE_OUT, TOKENS
-from zk.chain_package import ChainPackage, State, read_chain_package
-from zk.chain_proof import ChainProof, SegmentProof, decode_chain_proof
+from circuits.circuit import ACTIVATIONS_IN, ACTIVATIONS_OUT, CHAIN, GENERATED, STATE_IN, STATE_OUT, TOKENS
+from zk.chain_package import LINKS, ChainPackage, State, read_chain_package
+from zk.chain_proof import ChainHeader, StageProof, Stages, read_chain
 from zk.challenge import POINT_BYTES
 from zk.package import MAX_REASON, Package
 from zk.proof import InvalidProof
-from zk.verify import Verdict, check_model, check_package, check_segment, read_proof, require_version
+from zk.verify import Verdict, check_model, check_package, check_segment, open_proof, require_version
 
 PARTIAL = "partial"
 """The first word of the reason where all that was asked for verifies, but not all was asked for."""
@@ -44,106 +47,163 @@ def verify_chain(
         MambaintError: if the check cannot be made.
     """
     package, digest = read_chain_package(package_path)
-    return check_chain(read_proof(proof_path), package, digest, expected_model_id, workers, only)
+    with open_proof(proof_path) as stream:
+        return check_chain(stream, package, digest, expected_model_id, workers, only)
 
 
 def check_chain(
-    raw_proof: bytes,
+    stream: BinaryIO,
     package: ChainPackage,
     package_sha256: str,
     expected_model_id: str | None = None,
     workers: int = 1,
     only: range | None = None,
 ) -> Verdict:
-    """:func:`verify_chain` on content already in memory."""
-    require_version(package.segment)
+    """:func:`verify_chain` on an open file, of which a few segments at a time are in memory."""
+    require_version(package.last)
     started = time.perf_counter()
     public: dict[str, list[int]] = {}
-    statement = dict(package.segment.statement)
+    statement = dict(package.last.statement)
     reason = ""
     try:
-        proof = decode_chain_proof(raw_proof)
-        _check_form(proof, package, package_sha256, expected_model_id)
-        places = range(len(proof.segments)) if only is None else only
-        if not 0 <= places.start < places.stop <= len(proof.segments):
-            raise InvalidProof(f"it has segments 0 to {len(proof.segments) - 1}")
-        with ThreadPoolExecutor(workers) as pool:
-            # In order, so that the first fault is the one that is named.
-            for _ in pool.map(lambda i: _check_place(proof, i, package), places):
-                pass
+        header, segments = read_chain(stream)
+        _check_header(header, package, package_sha256, expected_model_id)
+        count = -(-header.steps // package.segment_steps)
+        places = range(count) if only is None else only
+        if not 0 <= places.start < places.stop <= count:
+            raise InvalidProof(f"it has segments 0 to {count - 1}")
+        found: dict[str, list[int]] = {}
+        for shown in _checked(header, segments, count, package, places, workers):
+            for name, values in shown.items():
+                if name == "logits" and not package.last.statement.get("logits_of_every_step"):
+                    # Of a model that ends in the last step, only what it says at the end.
+                    found[name] = []
+                found.setdefault(name, []).extend(values)
         if only is not None:
             raise InvalidProof(
-                f"{PARTIAL}: segments {places.start} to {places.stop - 1} of {len(proof.segments)} verify "
-                "where they stand; nothing is said of the others, so this is no proof of the sequence"
+                f"{PARTIAL}: segments {places.start} to {places.stop - 1} of {count} verify where they "
+                "stand; nothing is said of the others, so this is no proof of the sequence"
             )
-        public = _public_values(proof, package)
-        statement |= {"seq_len": proof.steps, "segments": len(proof.segments)}
-        if proof.prompt:
-            statement["prompt_steps"] = proof.prompt
+        public = _public_values(found, header, count, package)
+        statement |= {"seq_len": header.steps, "segments": count}
+        if header.prompt:
+            statement["prompt_steps"] = header.prompt
     except InvalidProof as error:
         reason = str(error)[:MAX_REASON]
     return Verdict(
         valid=not reason,
         reason=reason,
         model_id=package.model_id,
-        circuit_id=package.segment.circuit_id,
+        circuit_id=package.last.circuit_id,
         public=public,
         commitments={},
         statement=statement,
-        srs_kind=package.segment.srs_kind,
+        srs_kind=package.last.srs_kind,
         package_sha256=package_sha256,
         verify_seconds=time.perf_counter() - started,
     )
 
 
-def _check_form(proof: ChainProof, package: ChainPackage, digest: str, expected: str | None) -> None:
-    check_model(proof.model_id, package.model_id, expected)
-    check_package(proof.verifier_package, digest)
-    count, length = len(proof.segments), package.segment_steps
-    if not (count - 1) * length < proof.steps <= count * length:
-        raise InvalidProof(f"{count} segments of {length} steps are not a sequence of {proof.steps}")
+def _check_header(header: ChainHeader, package: ChainPackage, digest: str, expected: str | None) -> None:
+    check_model(header.model_id, package.model_id, expected)
+    check_package(header.verifier_package, digest)
     # The first token has no step before it.
-    if not (1 <= proof.prompt < proof.steps if package.greedy else proof.prompt == 0):
+    if not (1 <= header.prompt < header.steps if package.greedy else header.prompt == 0):
         raise InvalidProof(
-            f"a prompt of {proof.prompt} of {proof.steps} steps is none for this model's package"
+            f"a prompt of {header.prompt} of {header.steps} steps is none for this model's package"
         )
-    if package.total_steps and proof.steps != package.total_steps:
+    if package.total_steps and header.steps != package.total_steps:
         raise InvalidProof(
-            f"it is about {proof.steps} steps, and the model takes {package.total_steps}: the chain is "
+            f"it is about {header.steps} steps, and the model takes {package.total_steps}: the chain is "
             "incomplete or too long"
         )
 
 
-def _check_place(proof: ChainProof, i: int, package: ChainPackage) -> None:
-    last = i == len(proof.segments) - 1
-    circuit = package.head if last and package.head is not None else package.segment
-    before = package.first_state if i == 0 else state_after(proof.segments[i - 1], package.segment)
-    steps = proof.steps - i * package.segment_steps if last else 0
-    flags = greedy_flags(proof.prompt, proof.steps, i, package.segment_steps)
-    try:
-        check_one(proof.segments[i], (proof.chain, i, steps), before, circuit, flags)
-    except InvalidProof as error:
-        raise InvalidProof(f"segment {i}: {error}") from error
+def _checked(
+    header: ChainHeader,
+    segments: Iterator[Stages],
+    count: int,
+    package: ChainPackage,
+    places: range,
+    workers: int,
+) -> Iterator[dict[str, list[int]]]:
+    """What the segments at these places show, in order, each after it was checked: so the first fault is the
+    one that is named."""
+    running: deque[tuple[Future[None], dict[str, list[int]]]] = deque()
+
+    def finished(most: int) -> Iterator[dict[str, list[int]]]:
+        while len(running) > most:
+            future, shown = running.popleft()
+            future.result()
+            yield shown
+
+    before: Stages | None = None
+    found = 0
+    with ThreadPoolExecutor(workers) as pool:
+        for i, segment in enumerate(segments):
+            found = i + 1
+            if found > count:
+                break
+            if len(segment) != len(package.stages):
+                raise InvalidProof(f"segment {i} does not have {len(package.stages)} stages")
+            if i in places:
+                future = pool.submit(_check_place, header, i, count, segment, before, package)
+                # No two stages show the same: the first has the input, the last all else.
+                running.append((future, {k: v for stage in segment for k, v in stage.public.items()}))
+            before = segment
+            yield from finished(2 * workers)
+        yield from finished(0)
+    if found != count:
+        raise InvalidProof(
+            f"{header.steps} steps are {count} segments of {package.segment_steps}, and it has "
+            f"{'more' if found > count else found}"
+        )
 
 
-def state_after(segment: SegmentProof, circuit: Package) -> State:
-    """The state that a segment hands on: shown beside it, or the commitment in its proof."""
-    point = _point(segment, circuit, STATE_OUT)
-    return segment.state if point is None else point
+def _check_place(
+    header: ChainHeader,
+    i: int,
+    count: int,
+    segment: Stages,
+    segment_before: Stages | None,
+    package: ChainPackage,
+) -> None:
+    """Check all stages of the segment at this position of so many."""
+    last = i == count - 1
+    place = header.chain, i, header.steps - i * package.segment_steps if last else 0
+    flags = greedy_flags(header.prompt, header.steps, i, package.segment_steps)
+    received: State = ()
+    for d, (stage, circuit) in enumerate(zip(segment, package.stages, strict=True)):
+        ends = last and d == len(package.stages) - 1
+        own = package.head if ends and package.head is not None else circuit
+        before = (
+            package.first_states[d] if segment_before is None else state_after(segment_before[d], circuit)
+        )
+        try:
+            check_stage(stage, place, before, received, own, flags)
+        except InvalidProof as error:
+            where = f"segment {i}" + (f", stage {d}" if len(package.stages) > 1 else "")
+            raise InvalidProof(f"{where}: {error}") from error
+        received = handed_on(stage, own)
 
 
-def state_before(segment: SegmentProof, circuit: Package, shown: tuple[int, ...]) -> State:
-    """The state that a segment starts from: ``shown`` if states are, or the commitment in its proof."""
-    point = _point(segment, circuit, STATE_IN)
-    return shown if point is None else point
+def state_after(stage: StageProof, circuit: Package) -> State:
+    """The state that a stage leaves to the next segment: shown beside it, or the commitment in its proof."""
+    return point_of(stage, circuit, STATE_OUT) or stage.state
 
 
-def _point(segment: SegmentProof, circuit: Package, name: str) -> str | None:
+def handed_on(stage: StageProof, circuit: Package) -> State:
+    """The activations that a stage hands to the next one, likewise."""
+    return point_of(stage, circuit, ACTIVATIONS_OUT) or stage.activations
+
+
+def point_of(stage: StageProof, circuit: Package, link: str) -> str:
+    """The commitment to one of the links at the beginning of a proof; empty if it is not committed to."""
     names = [committed for committed, _ in circuit.committed]
-    if name not in names:
-        return None
-    first = names.index(name) * POINT_BYTES
-    return segment.proof[first : first + POINT_BYTES].hex()
+    if link not in names:
+        return ""
+    first = names.index(link) * POINT_BYTES
+    return stage.proof[first : first + POINT_BYTES].hex()
 
 
 def greedy_flags(prompt: int, steps: int, position: int, segment_steps: int) -> list[int]:
@@ -153,19 +213,21 @@ def greedy_flags(prompt: int, steps: int, position: int, segment_steps: int) -> 
     return [int(0 < prompt <= place < steps) for place in places]
 
 
-def check_one(
-    segment: SegmentProof,
+def check_stage(
+    stage: StageProof,
     place: tuple[int, int, int],
     before: State,
+    received: State,
     circuit: Package,
     flags: list[int],
 ) -> None:
-    """Check one segment at its place.
+    """Check one stage of a segment at its place.
 
     Args:
-        segment: with the state after it, if that is shown.
+        stage: with what leaves it, if that is shown.
         place: the number of the chain, the position, and of the last segment its steps, else 0.
         before: the state before it.
+        received: the activations of the stage before; empty for the first.
         circuit: package of its circuit.
         flags: which of its steps are greedy, where generation is proved.
 
@@ -173,36 +235,39 @@ def check_one(
         InvalidProof: if it does not verify.
     """
     shown = {tensor.name for tensor in circuit.public}
+    committed = {name for name, _ in circuit.committed}
     linked = {CHAIN: list(place)}
     if GENERATED in shown:
         linked[GENERATED] = flags
-    if isinstance(before, str):
-        if _point(segment, circuit, STATE_IN) != before:
-            raise InvalidProof("it does not commit to the state that the segment before it hands on")
-    else:
-        linked[STATE_IN] = list(before)
-    if STATE_OUT in shown:
-        linked[STATE_OUT] = list(segment.state)
-    elif segment.state:
-        raise InvalidProof("it shows a state that its circuit does not")
-    known = sorted(segment.public.keys() & {CHAIN, STATE_IN, STATE_OUT, GENERATED})
+    for name, value, source in (
+        (STATE_IN, before, "state that the segment before it"),
+        (ACTIVATIONS_IN, received, "activations that the stage before it"),
+    ):
+        if name in shown:
+            linked[name] = list(value) if isinstance(value, tuple) else []
+        elif name in committed and point_of(stage, circuit, name) != value:
+            raise InvalidProof(f"it does not commit to the {source} hands on")
+    for name, own in ((STATE_OUT, stage.state), (ACTIVATIONS_OUT, stage.activations)):
+        if name in shown:
+            linked[name] = list(own)
+        elif own:
+            raise InvalidProof(f"it shows {name}, which its circuit does not")
+    known = sorted(stage.public.keys() & {CHAIN, GENERATED, *LINKS})
     if known:
         raise InvalidProof(f"it states its own {known[0]}")
-    check_segment(segment.proof, segment.public | linked, circuit)
+    check_segment(stage.proof, stage.public | linked, circuit)
 
 
-def _public_values(proof: ChainProof, package: ChainPackage) -> dict[str, list[int]]:
-    """The logits, of every step or of the last segment, and the input if it is public, without padding."""
-    steps_of_last = proof.steps - (len(proof.segments) - 1) * package.segment_steps
+def _public_values(
+    found: dict[str, list[int]], header: ChainHeader, count: int, package: ChainPackage
+) -> dict[str, list[int]]:
+    """What all segments show together, without padding."""
     result: dict[str, list[int]] = {}
-    for name in sorted({name for segment in proof.segments for name in segment.public}):
-        if name == "logits" and not package.segment.statement.get("logits_of_every_step"):
-            result[name] = list(proof.segments[-1].public[name])
-            continue
-        values = [segment.public[name] for segment in proof.segments]
-        if name == TOKENS:
-            result[name] = [v for part in values for v in part][proof.prompt : proof.steps]
-            continue
-        a_step = len(values[-1]) // package.segment_steps
-        result[name] = [v for part in values[:-1] for v in part] + values[-1][: a_step * steps_of_last]
+    for name, values in sorted(found.items()):
+        if name == "logits" and not package.last.statement.get("logits_of_every_step"):
+            result[name] = values
+        elif name == TOKENS:
+            result[name] = values[header.prompt : header.steps]
+        else:
+            result[name] = values[: len(values) // (count * package.segment_steps) * header.steps]
     return result

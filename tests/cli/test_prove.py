@@ -288,6 +288,28 @@ def test_core_needs_neither_prover_nor_terminal() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
 
 
+def test_model_is_cut_by_layers_and_published_so(folder: Path, cli: Cli) -> None:
+    graph, _ = random_graph(0, **(TEXT | {"n_layer": 2}))
+    replace(graph, card={"task": "language_model"}).save(folder / "text.mint")
+    tokens = [3, 1, 4, 1, 5, 9]
+    (folder / "t.json").write_text(json.dumps({"input_data": [tokens]}))
+    cuts = ("--model", "text.mint", "--segment-steps", "4", "--stages", "2")
+    result = cli.json("prove", "--input", "t.json", *cuts)
+    logits = evaluate(graph, np.array([tokens]))[0].ravel().tolist()
+    assert (result["segments"], result["stages"], result["proved_now"]) == (2, 2, 4)
+    verdict = cli.json("verify", "proof.json", "--rederive", "text.mint")
+    assert verdict["valid"] and verdict["outputs"] == logits
+    published = cli.json("setup", *cuts, "--out", "published.zip")
+    assert (folder / "published.zip").read_bytes() == (folder / "verifier.zip").read_bytes()
+    assert [circuit["keygen_seconds"] for circuit in published["circuits"]] == [0, 0]
+    code, out, _ = cli("setup", *cuts, "--out", "published.zip")
+    assert code == 0 and out.count("rows of 2^12") == 2
+    code, _, fault = cli("prove", "--input", "t.json", *cuts[:-1], "3")
+    assert code == 2 and "at most 2" in fault
+    code, _, fault = cli("prove", "--input", "t.json", "--model", "text.mint", "--stages", "2")
+    assert code == 2 and "--segment-steps" in fault
+
+
 def test_long_sequence_is_proved_in_segments_and_verified_as_one(
     folder: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -344,7 +366,8 @@ def test_long_sequence_is_proved_in_segments_and_verified_as_one(
     ):
         code, out, fault = cli(*arguments, *options, "--out", "q.json")
         assert (code, out, fault.count("\n")) == (2, "", 1) and words in fault
-    code, _, fault = cli("prove", "--input", "x.json", "--model", "model.mint", "--workers", "2")
-    assert code == 2 and "--segment-steps" in fault
+    for option, value in (("--workers", "2"), ("--ray", "local")):
+        code, _, fault = cli("prove", "--input", "x.json", "--model", "model.mint", option, value)
+        assert code == 2 and "--segment-steps" in fault
     code, _, fault = cli("verify", "proof.json", "--same-input", "q.json")
     assert code == 2 and "in one piece" in fault

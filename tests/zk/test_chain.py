@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import signal
 import stat
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,9 +21,9 @@ import numpy as np
 import pytest
 
 from circuits.cells import Values
-from circuits.circuit import Circuit, Witness
+from circuits.circuit import STATE_IN, STATE_OUT, Circuit, Witness
 from circuits.lowering import MARGIN_ROWS, build_circuit, lower
-from circuits.segment import PLACE, Segment, initial_state, leaving, named_state, reduction, step_unit
+from circuits.segment import PLACE, Segment, by_name, initial_state, leaving, reduction, step_unit
 from mamba_int.errors import MambaintError
 from mamba_int.graph import Graph, IntArray
 from mamba_int.interpreter import evaluate
@@ -29,24 +31,36 @@ from tests.circuits.conftest import GRAPHS
 from tests.circuits_runtime.models import random_graph
 from zk import local_provers
 from zk import prove_chain as proving
+from zk.chain_cut import BYTES_PER_ROW, Cut, pick_cut
 from zk.chain_package import ChainPackage, decode_chain_package
-from zk.chain_proof import ChainProof, SegmentProof, decode_chain_proof
+from zk.chain_proof import (
+    ChainHeader,
+    ChainProof,
+    StageProof,
+    Stages,
+    decode_chain_proof,
+    encoded,
+    read_chain,
+)
 from zk.keys import Keys
 from zk.local_provers import LocalProvers
+from zk.proof import InvalidProof
 from zk.prove import mock, prove_witness
 from zk.prove_chain import (
+    PROOF,
+    SECRET,
     ChainSecret,
     ProvableChain,
-    SegmentCircuit,
+    StageCircuit,
+    first_state,
+    leaves,
     prepare_chain,
     prove_chain,
     segment_witness,
-    state_after_witness,
 )
 from zk.rederive import OTHER_KEY, chain_fault
-from zk.segment_steps import BYTES_PER_ROW, pick_steps
 from zk.verify import Verdict
-from zk.verify_chain import check_chain, check_one, state_before
+from zk.verify_chain import check_chain, check_stage, point_of
 
 TEXT: dict[str, Any] = {
     "task": "language_model",
@@ -91,7 +105,7 @@ class Chains:
 
     def verdict(self, proof: ChainProof) -> Verdict:
         """On a file that may have been put together by a liar."""
-        return check_chain(proof.encode(), self.package, self.digest)
+        return check_chain(io.BytesIO(proof.encode()), self.package, self.digest)
 
 
 def tokens(seed: int) -> IntArray:
@@ -114,26 +128,41 @@ def chains(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         files = [prove_chain(chain, [tokens(seed)], folder / str(seed)).file for seed in (0, 1)]
     package = decode_chain_package(chain.package, "test")
     digest = hashlib.sha256(chain.package).hexdigest()
-    first, second = (decode_chain_proof(file) for file in files)
+    first, second = (decode_chain_proof(file.read_bytes()) for file in files)
     return Chains(chain, package, digest, first, second, tokens(0))
 
 
-def with_segments(proof: ChainProof, *segments: SegmentProof, steps: int = 0) -> ChainProof:
+def with_segments(proof: ChainProof, *segments: Stages, steps: int = 0) -> ChainProof:
     return replace(proof, segments=segments, steps=steps or proof.steps)
 
 
-def moved_state(segment: SegmentProof) -> SegmentProof:
+def altered(segment: Stages, **changes: Any) -> Stages:
+    """With other content of its last stage."""
+    return (*segment[:-1], replace(segment[-1], **changes))
+
+
+def moved_state(segment: Stages) -> Stages:
     """Another state after it: of a hidden one another commitment, the second point of the proof."""
-    if segment.state:
-        return replace(segment, state=(segment.state[0] + 1, *segment.state[1:]))
-    proof = bytearray(segment.proof)
+    state, proof = segment[-1].state, bytearray(segment[-1].proof)
+    if state:
+        return altered(segment, state=(state[0] + 1, *state[1:]))
     proof[64:128] = proof[:64]
-    return replace(segment, proof=bytes(proof))
+    return altered(segment, proof=bytes(proof))
 
 
-def other_state(segment: SegmentProof) -> SegmentProof:
+def other_state(segment: Stages) -> Stages:
     """Without the state that is shown, or with one where none is."""
-    return replace(segment, state=() if segment.state else (1, 2))
+    return altered(segment, state=() if segment[-1].state else (1, 2))
+
+
+def other_logits(segment: Stages) -> Stages:
+    first, *rest = segment[-1].public["logits"]
+    return altered(segment, public={"logits": [first + 1, *rest]})
+
+
+def also_public(segment: Stages, name: str, values: list[int]) -> Stages:
+    """With one more public tensor."""
+    return altered(segment, public=segment[-1].public | {name: values})
 
 
 def test_honest_chain_is_one_statement_about_the_whole_sequence(chains: Chains) -> None:
@@ -159,30 +188,26 @@ ATTACKS: dict[str, Callable[[ChainProof, ChainProof], ChainProof]] = {
     "number of another chain": lambda a, b: replace(a, chain=b.chain),
     "state tampered": lambda a, b: with_segments(a, moved_state(a.segments[0]), *a.segments[1:]),
     "last state tampered": lambda a, b: with_segments(a, *a.segments[:2], moved_state(a.segments[2])),
-    "logits tampered": lambda a, b: with_segments(
-        a,
-        replace(
-            a.segments[0],
-            public={"logits": [a.segments[0].public["logits"][0] + 1, *a.segments[0].public["logits"][1:]]},
-        ),
-        *a.segments[1:],
-    ),
+    "logits tampered": lambda a, b: with_segments(a, other_logits(a.segments[0]), *a.segments[1:]),
     "padding shown as steps": lambda a, b: replace(a, steps=12),
     "steps hidden as padding": lambda a, b: replace(a, steps=10),
     "fewer steps than segments": lambda a, b: replace(a, steps=8),
     "more steps than segments": lambda a, b: replace(a, steps=13),
     "proof of another length": lambda a, b: with_segments(
-        a, replace(a.segments[0], proof=a.segments[0].proof + b"\0"), *a.segments[1:]
+        a, altered(a.segments[0], proof=a.segments[0][-1].proof + b"\0"), *a.segments[1:]
     ),
     "state left out or added": lambda a, b: with_segments(a, other_state(a.segments[0]), *a.segments[1:]),
+    "activations added": lambda a, b: with_segments(
+        a, altered(a.segments[0], activations=(1, 2)), *a.segments[1:]
+    ),
     "state beside the links": lambda a, b: with_segments(
-        a,
-        replace(a.segments[0], public=a.segments[0].public | {"state_in": list(a.segments[0].state)}),
-        *a.segments[1:],
+        a, also_public(a.segments[0], STATE_IN, list(a.segments[0][-1].state)), *a.segments[1:]
     ),
     "place beside the links": lambda a, b: with_segments(
-        a, replace(a.segments[0], public=a.segments[0].public | {"chain": [a.chain, 0, 0]}), *a.segments[1:]
+        a, also_public(a.segments[0], "chain", [a.chain, 0, 0]), *a.segments[1:]
     ),
+    "stage left out": lambda a, b: with_segments(a, a.segments[0][:-1], *a.segments[1:]),
+    "stage doubled": lambda a, b: with_segments(a, a.segments[0] + a.segments[0][-1:], *a.segments[1:]),
     "another model": lambda a, b: replace(a, model_id="0" * 64),
     "another package": lambda a, b: replace(a, verifier_package="0" * 64),
 }
@@ -196,21 +221,21 @@ def test_segments_that_are_not_the_chain_are_refused(chains: Chains, name: str) 
     assert not verdict.valid and verdict.reason and verdict.public == {}
 
 
-def prove_one(circuit: SegmentCircuit, witness: Witness) -> SegmentProof:
+def prove_one(circuit: StageCircuit, witness: Witness) -> StageProof:
     answer = prove_witness(circuit.lowered.circuit, witness, circuit.keys, None)
-    return proving._segment_proof(witness, bytes.fromhex(answer["proof"]))
+    return proving._stage_proof(witness, bytes.fromhex(answer["proof"]))
 
 
 def test_chain_that_starts_from_another_state_verifies_alone_and_not_as_a_chain(chains: Chains) -> None:
-    circuit = chains.chain.segment
-    begun = chains.chain.first_state.copy()
+    (circuit,) = chains.chain.stages
+    begun = first_state(circuit.lowered)
     begun[0] += 1
-    witness = segment_witness(circuit.lowered, chains.inputs[:4], begun, (5, 0, 4))
+    witness = segment_witness(circuit.lowered, chains.inputs[:4], begun, begun[:0], (5, 0, 4))
     segment = prove_one(circuit, witness)
-    before = state_before(segment, chains.package.segment, tuple(begun.tolist()))
-    assert before != chains.package.first_state
-    check_one(segment, (5, 0, 4), before, chains.package.segment, [0] * 4)
-    proof = ChainProof(chains.package.model_id, chains.digest, 5, 4, 0, (segment,))
+    before = point_of(segment, circuit.package, STATE_IN) or tuple(begun.tolist())
+    assert before != chains.package.first_states[0]
+    check_stage(segment, (5, 0, 4), before, (), circuit.package, [0] * 4)
+    proof = ChainProof(chains.package.model_id, chains.digest, 5, 4, 0, ((segment,),))
     verdict = chains.verdict(proof)
     assert not verdict.valid and "segment 0" in verdict.reason
 
@@ -220,7 +245,7 @@ def test_segment_of_another_length_is_of_another_package(
 ) -> None:
     monkeypatch.setenv("MAMBAINT_CACHE", str(cache))
     other = prepare_chain(chains.chain.graph, 8, public_states=not chains.chain.hidden)
-    proof = decode_chain_proof(prove_chain(other, [chains.inputs], tmp_path / "c").file)
+    proof = decode_chain_proof(prove_chain(other, [chains.inputs], tmp_path / "c").file.read_bytes())
     assert not chains.verdict(proof).valid
     for steps in (4, 8):
         forged = replace(proof, verifier_package=chains.digest, segments=proof.segments[:1], steps=steps)
@@ -233,7 +258,7 @@ def test_chain_of_another_model_is_refused_under_a_forged_name(
     monkeypatch.setenv("MAMBAINT_CACHE", str(cache))
     graph, _ = random_graph(1, **TEXT)
     chain = prepare_chain(graph, 4, public_states=not chains.chain.hidden)
-    other = decode_chain_proof(prove_chain(chain, [tokens(0)[:4]], tmp_path / "c").file)
+    other = decode_chain_proof(prove_chain(chain, [tokens(0)[:4]], tmp_path / "c").file.read_bytes())
     assert other.model_id != chains.first.model_id
     forged = replace(other, model_id=chains.first.model_id, verifier_package=chains.digest)
     assert "segment 0" in chains.verdict(forged).reason
@@ -258,15 +283,15 @@ def test_killed_run_goes_on_and_proves_nothing_twice(
     monkeypatch.setattr(local_provers, "prove_witness", honest)
     result = prove_chain(chains.chain, [chains.inputs], tmp_path / "c")
     assert (result.segments, result.proved) == (3, 2)
-    assert chains.verdict(decode_chain_proof(result.file)).valid
+    assert chains.verdict(decode_chain_proof(result.file.read_bytes())).valid
     assert stat.S_IMODE((tmp_path / "c/chain.json").stat().st_mode) == 0o600
     # What was damaged, or is of another place, is proved again.
-    files = [path for path in (tmp_path / "c").iterdir() if path.name != "chain.json"]
+    files = [path for path in (tmp_path / "c").iterdir() if path.name not in (SECRET, PROOF)]
     assert len(files) == 3
     files[0].write_bytes(files[0].read_bytes()[:-9])
     files[1].write_bytes(files[2].read_bytes())
     again = prove_chain(chains.chain, [chains.inputs], tmp_path / "c")
-    assert again.proved == 2 and chains.verdict(decode_chain_proof(again.file)).valid
+    assert again.proved == 2 and chains.verdict(decode_chain_proof(again.file.read_bytes())).valid
 
 
 def assassin(monkeypatch: pytest.MonkeyPatch, kills: int) -> list[Witness]:
@@ -300,7 +325,7 @@ def test_segment_whose_prover_is_killed_is_proved_again_but_not_for_ever(
     calls = assassin(monkeypatch, 2)
     result = prove_chain(chains.chain, [chains.inputs], tmp_path / "c")
     assert (result.segments, result.proved, len(calls)) == (3, 3, 5)
-    assert chains.verdict(decode_chain_proof(result.file)).valid
+    assert chains.verdict(decode_chain_proof(result.file.read_bytes())).valid
     calls = assassin(monkeypatch, 99)
     with pytest.raises(MambaintError, match="lack of memory"):
         prove_chain(chains.chain, [chains.inputs[:4]], tmp_path / "d")
@@ -346,10 +371,12 @@ def test_input_begun_in_the_folder_of_another_shares_no_segment_and_no_salt(
     first = prove_chain(chains.chain, [chains.inputs], tmp_path / "c")
     second = prove_chain(chains.chain, [tokens(1)], tmp_path / "c")
     assert (first.proved, second.proved) == (3, 3)
-    assert chains.verdict(decode_chain_proof(second.file)).valid
+    assert chains.verdict(decode_chain_proof(second.file.read_bytes())).valid
     secret = ChainSecret(b"s" * 32)
-    assert secret.salts(1, np.array([1, 2])) != secret.salts(1, np.array([1, 3]))
-    assert secret.salts(1, np.array([1, 2])) == secret.salts(1, np.array([1, 2]))
+    one, other = np.array([1, 2]), np.array([1, 3])
+    assert secret.salts(STATE_IN, 1, 0, one) != secret.salts(STATE_IN, 1, 0, other)
+    assert secret.salts(STATE_IN, 1, 0, one) != secret.salts(STATE_IN, 1, 1, one)
+    assert secret.salts(STATE_IN, 1, 0, one) == secret.salts(STATE_IN, 1, 0, one)
 
 
 def test_stream_is_proved_while_it_lasts_and_closed_at_any_time(
@@ -373,7 +400,7 @@ def test_stream_is_proved_while_it_lasts_and_closed_at_any_time(
 
     result = prove_chain(chains.chain, arriving(), tmp_path / "c")
     assert (result.steps, result.segments) == (LENGTH, 3)
-    verdict = chains.verdict(decode_chain_proof(result.file))
+    verdict = chains.verdict(decode_chain_proof(result.file.read_bytes()))
     assert verdict.valid and verdict.public == chains.verdict(chains.first).public
 
 
@@ -381,7 +408,7 @@ def test_part_of_a_chain_is_never_valid_and_says_so(chains: Chains) -> None:
     """A part that verifies must not pass for the whole, and one that does not must not pass for a part."""
 
     def part(proof: ChainProof, only: range) -> Verdict:
-        return check_chain(proof.encode(), chains.package, chains.digest, only=only)
+        return check_chain(io.BytesIO(proof.encode()), chains.package, chains.digest, only=only)
 
     honest = part(chains.first, range(1, 3))
     assert not honest.valid and honest.reason.startswith("partial: segments 1 to 2 of 3")
@@ -401,40 +428,74 @@ def test_package_is_that_of_the_model_down_to_the_first_state(
     monkeypatch.setenv("MAMBAINT_CACHE", str(cache))
     package, graph = chains.package, chains.chain.graph
     assert chain_fault(package, graph) == ""
-    first = package.first_state
+    (first,) = package.first_states
     other = first[:-1] + ("0" if first[-1] != "0" else "1") if isinstance(first, str) else (1, *first[1:])
-    assert "first state" in chain_fault(replace(package, first_state=other), graph)
+    assert "first state" in chain_fault(replace(package, first_states=(other,)), graph)
     sibling, _ = random_graph(1, **TEXT)
-    forged = replace(package.segment, model_id=sibling.model_id)
-    assert chain_fault(replace(package, segment=forged), sibling) == OTHER_KEY
+    forged = replace(package.last, model_id=sibling.model_id)
+    assert chain_fault(replace(package, stages=(forged,)), sibling) == OTHER_KEY
 
 
 def test_no_more_workers_than_the_memory_holds(chains: Chains, monkeypatch: pytest.MonkeyPatch) -> None:
-    needed = chains.chain.segment.keys.peak_bytes
+    needed = chains.chain.stages[0].keys.peak_bytes
     for free, workers in ((3 * needed, 3), (3 * needed - 1, 2), (1, 1), (None, 8)):
         monkeypatch.setattr(local_provers, "available_memory", lambda free=free: free)
         with LocalProvers(8) as provers:
             assert provers.room(needed) == workers + 1
 
 
-@pytest.mark.parametrize("hidden", [False, True])
+@pytest.mark.parametrize(
+    ("form", "public_input"),
+    [
+        (Segment(0), False),
+        (Segment(0, hidden=True), False),
+        (Segment(0, hidden=True), True),
+        (Segment(0, hidden=True, greedy=True), False),
+    ],
+)
 def test_length_that_is_picked_is_the_cheapest_that_fits(
-    hidden: bool, monkeypatch: pytest.MonkeyPatch
+    form: Segment, public_input: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Counting all that the proof is to show: a little more than 2^k rows cost as many as 2^(k+1)."""
     graph, _ = random_graph(0, **TEXT)
-    monkeypatch.setattr("zk.segment_steps.stored_calibration", lambda: None)
+    monkeypatch.setattr("zk.chain_cut.stored_calibration", lambda: None)
     memory = BYTES_PER_ROW << 13
 
     def rows(steps: int, logrows: int) -> int:
-        segment = Segment(steps, hidden=hidden)
-        return lower(graph, logrows, False, True, segment=segment).circuit.rows + MARGIN_ROWS
+        own = replace(form, steps=steps)
+        return lower(graph, logrows, public_input, True, segment=own).circuit.rows + MARGIN_ROWS
 
-    steps = pick_steps(graph, 24, hidden, memory)
+    cut = pick_cut(graph, 24, form, public_input=public_input, memory=memory)
     sizes = {s: next((k for k in (12, 13) if rows(s, k) <= 1 << k), 0) for s in range(4, 25, 4)}
     costs = {s: -(-24 // s) << k for s, k in sizes.items() if k}
-    assert -(-24 // steps) << sizes[steps] == min(costs.values())
+    assert cut.stages == 1 and -(-24 // cut.steps) << sizes[cut.steps] == min(costs.values())
     with pytest.raises(MambaintError, match="memory"):
-        pick_steps(graph, 24, hidden, BYTES_PER_ROW << 9)
+        pick_cut(graph, 24, form, public_input=public_input, memory=BYTES_PER_ROW << 9)
+
+
+def test_model_too_large_for_the_memory_is_cut_by_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph, _ = random_graph(0, **(TEXT | {"n_layer": 2}))
+    monkeypatch.setattr("zk.chain_cut.stored_calibration", lambda: None)
+    form, memory = Segment(0, hidden=True), BYTES_PER_ROW << 12
+    assert pick_cut(graph, 24, form, memory=memory) == Cut(4, 2)
+    assert pick_cut(graph, 24, form, memory=2 * memory) == Cut(8, 1)
+    assert pick_cut(graph, 24, form, memory=2 * memory, stages=2).stages == 2
+    with pytest.raises(MambaintError, match="memory"):
+        pick_cut(graph, 24, form, memory=memory, stages=1)
+
+
+def test_head_counts_among_the_circuits_that_have_to_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    narrow = {name: value for name, value in TEXT.items() if name not in ("task", "vocab_size")}
+    monkeypatch.setattr("zk.chain_cut.stored_calibration", lambda: None)
+    form, memory = Segment(0, hidden=True), BYTES_PER_ROW << 12
+    for classes, fits in ((5, True), (2000, False)):
+        graph, _ = random_graph(0, **(narrow | {"pooling": "mean", "n_classes": classes}))
+        assert build_circuit(graph, segment=replace(form, steps=4)).circuit.logrows == 12
+        if fits:
+            assert pick_cut(graph, 16, form, memory=memory) == Cut(4, 1)
+        else:
+            with pytest.raises(MambaintError, match="memory"):
+                pick_cut(graph, 16, form, memory=memory)
 
 
 def test_no_steps_are_no_statement(chains: Chains, tmp_path: Path) -> None:
@@ -455,7 +516,7 @@ def test_every_part_of_a_hidden_state_is_the_one_computed(cache: Path) -> None:
     lowered = build_circuit(graph, segment=Segment(4, hidden=True))
     carried = lowered.carried
     assert carried is not None
-    first = named_state(carried.shapes, initial_state(carried.shapes, carried.first))
+    first = by_name(carried.shapes, initial_state(carried.shapes, carried.first))
     given = first | {PLACE: np.array([1, 0, 4])}
 
     def moved(values: Values) -> Values:
@@ -478,9 +539,10 @@ def traced_states(graph: Graph, inputs: IntArray, form: Segment, challenged: boo
         lowered = body
         if reduction(graph) is not None and i == count - 1:
             lowered = build_circuit(graph, challenged=challenged, segment=replace(form, head=True))
-        witness = segment_witness(lowered, inputs[i * steps : (i + 1) * steps], state, (0, i, 0))
+        own = inputs[i * steps : (i + 1) * steps]
+        witness = segment_witness(lowered, own, state, state[:0], (0, i, 0))
         found.append(witness)
-        state = state_after_witness(lowered, witness)
+        state = leaves(lowered, witness, STATE_OUT)
     return found
 
 
@@ -534,19 +596,21 @@ def test_model_of_one_chunk_is_refused() -> None:
         build_circuit(graph, segment=Segment(8))
 
 
-@pytest.mark.parametrize("change", ["version", "first_state", "steps", "member", "byte"])
+@pytest.mark.parametrize("change", ["version", "first_states", "starts", "steps", "member", "byte"])
 def test_altered_package_is_not_used(chains: Chains, change: str) -> None:
     raw = chains.chain.package
     assert decode_chain_package(raw, "test").encode() == raw
     package = chains.package
     if change == "version":
         raw = raw.replace(b'"version":1', b'"version":2')
-    elif change == "first_state":
-        raw = replace(package, first_state=package.first_state[2:]).encode()
+    elif change == "first_states":
+        raw = replace(package, first_states=(package.first_states[0][2:],)).encode()
+    elif change == "starts":
+        raw = replace(package, stage_starts=(1,)).encode()
     elif change == "steps":
         raw = replace(package, total_steps=8).encode()
     elif change == "member":
-        raw = replace(package, head=package.segment).encode()
+        raw = replace(package, head=package.last).encode()
     else:
         raw = raw[:200] + bytes([raw[200] ^ 1]) + raw[201:]
     with pytest.raises(MambaintError, match="cannot be used"):
@@ -565,5 +629,42 @@ def test_malformed_file_is_refused(chains: Chains, change: str) -> None:
     elif change == "segments":
         content["segments"] = []
     raw = json.dumps(content, indent=1 if change == "spaces" else None, separators=(",", ":")).encode()
-    verdict = check_chain(raw[:-3] if change == "not json" else raw, chains.package, chains.digest)
+    raw = raw[:-3] if change == "not json" else raw
+    verdict = check_chain(io.BytesIO(raw), chains.package, chains.digest)
     assert not verdict.valid and verdict.reason
+
+
+def test_every_byte_of_the_file_counts(chains: Chains) -> None:
+    raw, random = chains.first.encode(), np.random.default_rng(0)
+    edges = [*range(0, 260, 7), *range(len(raw) - 120, len(raw), 5)]
+    places = sorted({*edges, *random.integers(0, len(raw), 40).tolist()})
+    for place in places:
+        altered_file = raw[:place] + bytes([raw[place] ^ 1]) + raw[place + 1 :]
+        assert not check_chain(io.BytesIO(altered_file), chains.package, chains.digest).valid, place
+    for other in (raw[:-1], raw + b"\n", raw[:400], raw + raw, b"", raw[:300] + raw[-300:]):
+        assert not check_chain(io.BytesIO(other), chains.package, chains.digest).valid
+
+
+def test_name_that_looks_like_the_end_of_a_segment_does_not_split_it(chains: Chains) -> None:
+    forged = with_segments(
+        chains.first, also_public(chains.first.segments[0], "}],[{", [1]), *chains.first.segments[1:]
+    )
+    with pytest.raises(InvalidProof):
+        decode_chain_proof(forged.encode())
+
+
+def test_file_longer_than_the_memory_is_read_segment_by_segment(tmp_path: Path) -> None:
+    stage = StageProof({"logits": [1, -2]}, (3,), (), bytes(9000))
+    header = ChainHeader("0" * 64, "1" * 64, 7, 4000, 0)
+    path, count = tmp_path / "long", 4000
+    with path.open("wb") as file:
+        file.writelines(encoded(header, ((stage,) for _ in range(count))))
+    assert path.stat().st_size > 64 << 20
+    tracemalloc.start()
+    with path.open("rb") as stream:
+        found, segments = read_chain(stream)
+        assert found == header
+        assert sum(segment == (stage,) for segment in segments) == count
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 16 << 20

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,16 +12,17 @@ import numpy as np
 import pytest
 
 from circuits.cells import Cells
+from circuits.circuit import STATE_OUT
 from circuits.gadgets.argmax import argmax
 from circuits.lowering import build_circuit
-from circuits.segment import FLAGS, PLACE, Segment, initial_state, named_state
+from circuits.segment import FLAGS, PLACE, Segment, by_name, initial_state
 from mamba_int.errors import MambaintError
 from mamba_int.graph import Graph
 from mamba_int.interpreter import evaluate
 from tests.circuits.conftest import GRAPHS
 from tests.circuits.test_soundness import accepts
 from tests.circuits_runtime.models import random_graph
-from tests.zk.test_chain import TEXT
+from tests.zk.test_chain import TEXT, also_public, altered
 from zk import prove_chain as proving
 from zk.chain_package import ChainPackage, decode_chain_package
 from zk.chain_proof import ChainProof, decode_chain_proof
@@ -52,7 +54,7 @@ class Generated:
 
     def verdict(self, proof: ChainProof) -> Verdict:
         """On a file that may be a liar's."""
-        return check_chain(proof.encode(), self.package, self.digest)
+        return check_chain(io.BytesIO(proof.encode()), self.package, self.digest)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +67,7 @@ def generated(tmp_path_factory: pytest.TempPathFactory) -> Generated:
         result = prove_chain(chain, [np.array(tokens)], tmp_path_factory.mktemp("c"), prompt=PROMPT)
     package = decode_chain_package(chain.package, "test")
     digest = hashlib.sha256(chain.package).hexdigest()
-    return Generated(chain, package, digest, tokens, decode_chain_proof(result.file))
+    return Generated(chain, package, digest, tokens, decode_chain_proof(result.file.read_bytes()))
 
 
 def test_text_is_shown_and_neither_prompt_nor_logits(generated: Generated) -> None:
@@ -73,17 +75,17 @@ def test_text_is_shown_and_neither_prompt_nor_logits(generated: Generated) -> No
     assert (verdict.valid, verdict.reason) == (True, "")
     assert verdict.public == {"tokens": generated.tokens[PROMPT:]}
     assert verdict.statement["prompt_steps"] == PROMPT
-    shown = [token for segment in generated.proof.segments for token in segment.public["tokens"]]
+    shown = [token for (stage,) in generated.proof.segments for token in stage.public["tokens"]]
     assert shown[:PROMPT] == [0] * PROMPT and shown[LENGTH:] == [0] * (len(shown) - LENGTH)
 
 
 def other_token(proof: ChainProof, step: int) -> ChainProof:
     """One token of the text is another."""
     i, place = divmod(step, 4)
-    tokens = list(proof.segments[i].public["tokens"])
+    tokens = list(proof.segments[i][0].public["tokens"])
     tokens[place] = (tokens[place] + 1) % 11
     segments = list(proof.segments)
-    segments[i] = replace(segments[i], public={"tokens": tokens})
+    segments[i] = altered(segments[i], public={"tokens": tokens})
     return replace(proof, segments=tuple(segments))
 
 
@@ -100,7 +102,7 @@ ATTACKS: dict[str, Callable[[ChainProof], ChainProof]] = {
     "flags of one's own": lambda p: replace(
         p,
         segments=(
-            replace(p.segments[0], public=p.segments[0].public | {"generated": [0, 0, 0, 1]}),
+            also_public(p.segments[0], "generated", [0, 0, 0, 1]),
             *p.segments[1:],
         ),
     ),
@@ -119,7 +121,7 @@ def test_text_that_was_not_generated_so_is_refused(generated: Generated, name: s
 @pytest.mark.parametrize("step", range(PROMPT, 8))
 def test_token_that_is_not_the_greedy_one_has_no_witness(generated: Generated, step: int) -> None:
     """Also at a cut, where the token before is another segment's: the state says which comes next."""
-    lowered = generated.chain.segment.lowered
+    lowered = generated.chain.stages[0].lowered
     assert lowered.carried is not None
     tokens = list(generated.tokens[:8])
     for lie in (0, 1):
@@ -129,13 +131,13 @@ def test_token_that_is_not_the_greedy_one_has_no_witness(generated: Generated, s
         state, accepted = initial_state(lowered.carried.shapes, lowered.carried.first), []
         for i in range(2):
             flags = [int(PROMPT <= place < 8) for place in range(4 * i, 4 * i + 4)]
-            given = named_state(lowered.carried.shapes, state) | {
+            given = by_name(lowered.carried.shapes, state) | {
                 PLACE: np.array([1, i, 0]),
                 FLAGS: np.array(flags),
             }
             witness = lowered.witness(np.array(chosen[4 * i : 4 * i + 4]), given=given)
             accepted += mock(lowered.circuit, [witness])
-            state = proving.state_after_witness(lowered, witness)
+            state = proving.leaves(lowered, witness, STATE_OUT)
         assert all(accepted) is not bool(lie)
 
 
@@ -154,13 +156,13 @@ def test_proof_of_logits_is_none_of_generation(
     monkeypatch.setenv("MAMBAINT_CACHE", str(tmp_path / "cache"))
     plain = prepare_chain(generated.chain.graph, 4)
     result = prove_chain(plain, [np.array(generated.tokens)], tmp_path / "c")
-    proof = decode_chain_proof(result.file)
+    proof = decode_chain_proof(result.file.read_bytes())
     for prompt in (0, PROMPT):
         forged = replace(proof, prompt=prompt, verifier_package=generated.digest)
         assert not generated.verdict(forged).valid
     package = decode_chain_package(plain.package, "test")
     digest = hashlib.sha256(plain.package).hexdigest()
-    assert not check_chain(replace(proof, prompt=PROMPT).encode(), package, digest).valid
+    assert not check_chain(io.BytesIO(replace(proof, prompt=PROMPT).encode()), package, digest).valid
 
 
 def test_classifiers_generate_nothing() -> None:

@@ -27,7 +27,7 @@ from tests.circuits_runtime.models import random_graph
 from tests.zk.test_chain import TEXT
 from zk import ray_node, ray_provers
 from zk.parcels import KeyParcels, Parcel
-from zk.prove_chain import ProvableChain, prepare_chain, prove_chain
+from zk.prove_chain import PROOF, SECRET, ProvableChain, prepare_chain, prove_chain
 from zk.ray_provers import RayProvers
 from zk.verify import Verdict
 from zk.verify_chain import verify_chain
@@ -100,11 +100,10 @@ def parent(process: int) -> int:
     return int(Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[1])
 
 
-def verdict_on(file: bytes, chain: ProvableChain, folder: Path) -> Verdict:
+def verdict_on(file: Path, chain: ProvableChain, folder: Path) -> Verdict:
     """As who has nothing but the two files."""
-    (folder / "proof.json").write_bytes(file)
     (folder / "verifier.zip").write_bytes(chain.package)
-    return verify_chain(folder / "proof.json", folder / "verifier.zip")
+    return verify_chain(file, folder / "verifier.zip")
 
 
 def test_nodes_without_the_keys_are_sent_them_once_and_the_chain_verifies(
@@ -121,13 +120,13 @@ def test_nodes_without_the_keys_are_sent_them_once_and_the_chain_verifies(
     monkeypatch.setattr(ray_provers, "Order", elsewhere)
     with RayProvers(cluster.address) as provers:
         result = prove_chain(chain, [tokens(4)], tmp_path / "c", provers=provers)
-        sent = folder / "nodes" / "keys" / chain.segment.keys.circuit_id
+        sent = folder / "nodes" / "keys" / chain.stages[0].keys.circuit_id
         first = sent.stat().st_mtime_ns
         again = prove_chain(chain, [tokens(3)], tmp_path / "d", provers=provers)
     assert (result.segments, result.proved, again.proved) == (4, 4, 3)
     assert verdict_on(result.file, chain, tmp_path).valid
     assert sent.stat().st_mtime_ns == first
-    assert {p.name for p in sent.iterdir()} == {p.name for p in chain.segment.keys.folder.iterdir()}
+    assert {p.name for p in sent.iterdir()} == {p.name for p in chain.stages[0].keys.folder.iterdir()}
 
 
 def test_killed_prover_worker_and_node_lose_only_what_they_were_proving(
@@ -194,7 +193,7 @@ def test_interrupted_command_leaves_no_process_and_goes_on(
     )
 
     def finished() -> set[str]:
-        return {path.name for path in segments.glob("*.json")} - {"chain.json"}
+        return {path.name for path in segments.glob("*.json")} - {SECRET, PROOF}
 
     with begun:
         eventually(lambda: finished() or begun.poll() is not None, 60)
@@ -306,9 +305,9 @@ def test_witness_is_kept_to_the_integer_on_its_way(
 ) -> None:
     """Salts and a chain's number are far beyond 64 bits."""
     seen: list[Witness] = []
-    keys = chain.segment.keys
+    keys = chain.stages[0].keys
     monkeypatch.setattr(ray_node, "prove_witness", lambda circuit, witness, *rest: seen.append(witness) or {})
     witness = Witness({"x": [-1, 2**62]}, {"chain": [2**127, 0, 1]}, {"state_in": [2**253] * 8})
-    order = pickle.dumps(ray_node.Order(chain.segment.lowered.circuit, keys, KeyParcels.of(keys)))
+    order = pickle.dumps(ray_node.Order(chain.stages[0].lowered.circuit, keys, KeyParcels.of(keys)))
     ray_node.prove_here(keys.circuit_id, lambda _: order, lambda _: b"", pickle.dumps(witness), None, 1)
     assert seen == [witness]

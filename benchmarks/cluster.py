@@ -122,7 +122,10 @@ def table(costs: Costs, cluster: Cluster, fixed: int | None) -> list[dict[str, f
             for i in range(REPEATS)
         ]
         alone = np.mean(
-            [simulate(costs, cluster, 1, segments, np.random.default_rng((0, i))) for i in range(REPEATS)]
+            [
+                simulate(costs, cluster, 1, segments, np.random.default_rng((provers, i)))
+                for i in range(REPEATS)
+            ]
         )
         seconds = float(np.mean(runs))
         rows.append(

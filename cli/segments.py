@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 import time
@@ -105,7 +106,8 @@ def prove_in_segments(
 
         say("proving")
         pieces = read_steps(sys.stdin, graph) if inputs is None else [inputs]
-        proof = prove_chain(chain, pieces, folder, prompt=prompt, provers=provers, tell=tell)
+        cores = os.cpu_count() or 1
+        proof = prove_chain(chain, pieces, folder, prompt=prompt, provers=provers, checkers=cores, tell=tell)
     verifier = out.parent / "verifier.zip"
     write_bytes(verifier, chain.package)
     move(proof.file, out)

@@ -1,8 +1,8 @@
 """A chain of 32 segments whose provers and driver are killed at random, twenty times, and resumed each time.
 
 ``python -m benchmarks.killed_chain`` runs ``mambaint prove --segment-steps`` on a tiny model, sends SIGKILL
-to the command or to one of its proving processes after a random time, and starts it again; in the end the
-chain has to verify, and no finished segment may have been proved again. Two minutes on two cores.
+to the command or to one of its proving processes after a random time, and starts the command again; in the
+end the chain has to verify, and no finished segment may have been proved again. Two minutes on two cores.
 Results go to ``benchmarks/results/killed_chain.json``.
 """
 
@@ -24,6 +24,7 @@ from benchmarks.chain import model
 from benchmarks.hardware import hardware
 from mamba_int.files import write_json
 from mamba_int.interpreter import evaluate
+from zk.prove_chain import PROOF, SECRET
 
 RESULT = Path(__file__).parent / "results" / "killed_chain.json"
 TINY = {
@@ -51,7 +52,11 @@ def children(parent: int) -> list[int]:
 
 def finished(folder: Path) -> dict[str, int]:
     """Segments on disk, and when each was written."""
-    return {path.name: path.stat().st_mtime_ns for path in folder.glob("*.json") if path.name != "chain.json"}
+    return {
+        path.name: path.stat().st_mtime_ns
+        for path in folder.glob("*.json")
+        if path.name not in (SECRET, PROOF)
+    }
 
 
 def main() -> None:
@@ -85,16 +90,21 @@ def main() -> None:
             time.sleep(chance.uniform(0.5, 4.0))
             workers = children(running.pid)
             target = chance.choice(["driver", "worker"]) if workers else "driver"
-            if running.poll() is not None:
+            if running.poll() == 2:
+                # The same segment was killed three times.
+                running = subprocess.Popen(prove, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            elif running.poll() is not None:
                 done = len(finished(segments))
                 raise SystemExit(f"ended before kill {turn + 1}, {done} segments: {running.communicate()}")
             os.kill(chance.choice(workers) if target == "worker" else running.pid, signal.SIGKILL)
             killed[target] += 1
-            running.communicate()
+            if target == "driver":
+                running.communicate()
             now = finished(segments)
             proved_twice += sum(now.get(name) != written for name, written in kept.items())
             kept = now
-            running = subprocess.Popen(prove, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            if target == "driver":
+                running = subprocess.Popen(prove, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         out, error = running.communicate()
         assert running.returncode == 0, error.decode()
         result = json.loads(out)

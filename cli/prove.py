@@ -121,9 +121,16 @@ class SegmentSteps(click.ParamType[int]):
 @click.option(
     "--workers",
     type=click.IntRange(1),
-    default=1,
-    show_default=True,
-    help="With --segment-steps: segments proved at a time; each takes the memory of one proof.",
+    metavar="W",
+    help="With --segment-steps: segments proved at a time; each takes the memory of one proof.  "
+    "[default: 1; with --ray as many as the cluster holds]",
+)
+@click.option(
+    "--ray",
+    metavar="ADDRESS",
+    help="With --segment-steps: prove on the Ray cluster at this address, which needs the same mambaint on "
+    "every node; 'local' starts one on this machine and stops it at the end. The nodes see the input and "
+    "everything computed from it, and so does whoever can connect to them: use a cluster you trust.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
 def command(
@@ -145,7 +152,8 @@ def command(
     public_states: bool,
     greedy_after: int | None,
     score_after: int | None,
-    workers: int,
+    workers: int | None,
+    ray: str | None,
     as_json: bool,
 ) -> None:
     """Prove that a model gives its answer on an input, which stays private unless --public-input.
@@ -162,6 +170,7 @@ def command(
       mambaint prove --input x.json --commit-input --logrows 14 --out b/proof.json \\
         --model other.mint --reuse-opening a/proof.opening.json
       mambaint prove --input long.json --segment-steps 64 --workers 2
+      mambaint prove --input long.json --segment-steps 64 --ray auto
       mambaint prove --input text.json --segment-steps 64 --greedy-after 20
       mambaint prove --input text.json --segment-steps 64 --score-after 1
       sensor | mambaint prove --stream --segment-steps 64
@@ -180,12 +189,11 @@ def command(
     from zk.provable import prepare, witness_of
     from zk.prove import prove
 
-    if segment_steps is None and (
-        public_states or stages or workers > 1 or stream or ram or greedy_after or score_after
-    ):
+    for_segments = (public_states, stages, workers, ray, stream, ram, greedy_after, score_after)
+    if segment_steps is None and any(for_segments):
         raise MambaintError(
-            "--stages, --public-states, --workers, --stream, --ram, --greedy-after and --score-after are for "
-            "segments",
+            "--stages, --public-states, --workers, --ray, --stream, --ram, --greedy-after, --score-after are "
+            "for segments",
             "give --segment-steps as well",
         )
     if (input_path is None) != stream:
@@ -209,7 +217,7 @@ def command(
             srs_path,
             srs_sha256,
         )
-        prove_in_segments(input_path, resolve_model(model), options, out, workers, as_json)
+        prove_in_segments(input_path, resolve_model(model), options, out, workers, ray, as_json)
         return
     assert input_path is not None
     earlier = _earlier_opening(commit_input, opening, reuse_opening)

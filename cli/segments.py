@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from cli.proving import DEVELOPMENT_NOTE, activity
 from cli.verdict import score_json, score_line
+
+if TYPE_CHECKING:
+    from zk.provers import Provers
 
 
 @dataclass(frozen=True)
@@ -31,8 +36,25 @@ class ChainOptions:
     srs_sha256: str | None
 
 
+def chosen_provers(workers: int | None, ray: str | None) -> Provers:
+    """Those on this machine, or with an address those of a Ray cluster; arguments as of the command."""
+    if ray is None:
+        from zk.local_provers import LocalProvers
+
+        return LocalProvers(workers or 1)
+    from zk.ray_provers import RayProvers
+
+    return RayProvers(ray, workers)
+
+
 def prove_in_segments(
-    input_path: Path | None, model: Path, options: ChainOptions, out: Path, workers: int, as_json: bool
+    input_path: Path | None,
+    model: Path,
+    options: ChainOptions,
+    out: Path,
+    workers: int | None,
+    ray: str | None,
+    as_json: bool,
 ) -> None:
     """Prove, write the proof and verifier.zip, and print what was done; without a path of a stream."""
     from circuits.segment import Segment, reduction
@@ -42,7 +64,6 @@ def prove_in_segments(
     from quantize.input_file import read_input, read_steps
     from zk.chain_cut import Cut, pick_cut
     from zk.chain_package import decode_chain_package
-    from zk.local_provers import LocalProvers
     from zk.prove_chain import prepare_chain, prove_chain
 
     graph = Graph.load(model)
@@ -52,7 +73,8 @@ def prove_in_segments(
     cut = Cut(options.segment_steps, options.stages or 1)
     prompt = options.greedy_after or options.score_after or 0
     greedy, scored = options.greedy_after is not None, options.score_after is not None
-    with activity(as_json) as say:
+    # A cluster that is not there is noticed before keys are made.
+    with chosen_provers(workers, ray) as provers, activity(as_json) as say:
         if not cut.steps and inputs is None:
             raise MambaintError("a stream has no length to choose from", "give --segment-steps N")
         if not cut.steps and inputs is not None:
@@ -90,8 +112,8 @@ def prove_in_segments(
 
         say("proving")
         pieces = read_steps(sys.stdin, graph) if inputs is None else [inputs]
-        with LocalProvers(workers) as provers:
-            proof = prove_chain(chain, pieces, folder, prompt=prompt, provers=provers, tell=tell)
+        cores = os.cpu_count() or 1
+        proof = prove_chain(chain, pieces, folder, prompt=prompt, provers=provers, checkers=cores, tell=tell)
     verifier = out.parent / "verifier.zip"
     write_bytes(verifier, chain.package)
     move(proof.file, out)

@@ -10,10 +10,10 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from mamba_int.errors import MambaintError
+from zk.scratch import scratch_folder
 
 _SOURCE_ROOT = Path(__file__).resolve().parent.parent
 
@@ -59,8 +59,8 @@ def run_job(
         MambaintError: the job's own fault, a crash, lack of memory, or the timeout.
     """
     begun = time.perf_counter()
-    with TemporaryDirectory(prefix="mambaint-") as scratch:
-        request = json.dumps({"kind": kind, "scratch": scratch, "job": job})
+    with scratch_folder() as scratch:
+        request = json.dumps({"kind": kind, "scratch": str(scratch), "job": job})
         try:
             child = subprocess.Popen(
                 [sys.executable, "-P", "-m", "zk.worker"],

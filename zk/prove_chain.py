@@ -532,6 +532,8 @@ TRIES = 3
 """How often a proof is begun whose prover is killed: nobody kills one thrice by chance."""
 LOOK_SECONDS = 5.0
 """After which it is asked again how many provers there are."""
+PROOFS_PER_CHECKER = 64
+"""A process that verifies takes as long to start as to verify so many."""
 
 
 def prove_chain(
@@ -541,6 +543,7 @@ def prove_chain(
     *,
     prompt: int = 0,
     provers: Provers | None = None,
+    checkers: int = 1,
     tell: Callable[[int, bool], None] = lambda done, more: None,
     timeout: float | None = None,
 ) -> ChainResult:
@@ -556,6 +559,8 @@ def prove_chain(
         prompt: where generation or a score is proved, the steps that were given: 1 or more, fewer than all.
         provers: who proves the segments, entered and left by the caller; default: one process at a time on
             this machine.
+        checkers: most processes that verify the finished chain; with more than one, the main module has to be
+            safe to import (``multiprocessing``).
         tell: told how many proofs are done, and whether more are to come.
         timeout: seconds before giving a segment up.
 
@@ -564,7 +569,16 @@ def prove_chain(
     """
     if provers is None:
         with LocalProvers() as own:
-            return prove_chain(chain, pieces, folder, prompt=prompt, provers=own, tell=tell, timeout=timeout)
+            return prove_chain(
+                chain,
+                pieces,
+                folder,
+                prompt=prompt,
+                provers=own,
+                checkers=checkers,
+                tell=tell,
+                timeout=timeout,
+            )
     package = decode_chain_package(chain.package, "made here")
     digest = hashlib.sha256(chain.package).hexdigest()
     if (prompt > 0) != (chain.greedy or chain.scored):
@@ -593,7 +607,8 @@ def prove_chain(
     with replacing(file) as temporary, temporary.open("wb") as stream:
         stream.writelines(encoded(header, _segments(folder, jobs, len(chain.stages))))
     with file.open("rb") as stream:
-        verdict = check_chain(stream, package, digest)
+        workers = max(1, min(checkers, len(jobs) // PROOFS_PER_CHECKER))
+        verdict = check_chain(stream, package, digest, workers=workers)
     if not verdict.valid:
         raise MambaintError(
             f"the finished chain is not valid and was discarded: {verdict.reason}",

@@ -8,10 +8,12 @@ another chain or made from another state was proved with other instances, and do
 
 from __future__ import annotations
 
+import multiprocessing
+import signal
 import time
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
@@ -152,7 +154,7 @@ def _checked(
 
     before: Stages | None = None
     found = 0
-    with ThreadPoolExecutor(workers) as pool:
+    with _checkers(workers) as pool:
         for i, segment in enumerate(segments):
             found = i + 1
             if found > count:
@@ -171,6 +173,19 @@ def _checked(
             f"{header.steps} steps are {count} segments of {package.segment_steps}, and it has "
             f"{'more' if found > count else found}"
         )
+
+
+def _checkers(workers: int) -> Executor:
+    """Processes, since EZKL holds Python's lock while it verifies; one alone is this one."""
+    if workers == 1:
+        return ThreadPoolExecutor(1)
+    # Forked, a child would wait for ever for the threads of EZKL that it has not got.
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(workers, context, _leave_interrupts_to_the_parent)
+
+
+def _leave_interrupts_to_the_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _check_place(

@@ -366,7 +366,8 @@ def test_long_sequence_is_proved_in_segments_and_verified_as_one(
     ):
         code, out, fault = cli(*arguments, *options, "--out", "q.json")
         assert (code, out, fault.count("\n")) == (2, "", 1) and words in fault
-    code, _, fault = cli("prove", "--input", "x.json", "--model", "model.mint", "--workers", "2")
-    assert code == 2 and "--segment-steps" in fault
+    for option, value in (("--workers", "2"), ("--ray", "local")):
+        code, _, fault = cli("prove", "--input", "x.json", "--model", "model.mint", option, value)
+        assert code == 2 and "--segment-steps" in fault
     code, _, fault = cli("verify", "proof.json", "--same-input", "q.json")
     assert code == 2 and "in one piece" in fault

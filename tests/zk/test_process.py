@@ -17,6 +17,7 @@ from tests.zk.conftest import tiny_circuit, tiny_witness
 from zk import ezkl_calls, process, table
 from zk.process import run_job
 from zk.prove import mock
+from zk.scratch import scratch_folder
 
 
 def fake_worker(monkeypatch: pytest.MonkeyPatch, folder: Path, body: str) -> None:
@@ -105,6 +106,33 @@ def test_scratch_folder_with_the_private_input_is_removed(
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     mock(tiny_circuit(), [tiny_witness()])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_scratch_folder_of_a_killed_process_is_removed_by_the_next_job(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    code = "from zk.scratch import scratch_folder\nimport os\nwith scratch_folder():\n    os._exit(1)"
+    held = "with scratch_folder() as folder:\n    print(folder, flush=True)\n    input()"
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=False)
+    (left,) = tmp_path.iterdir()
+    with subprocess.Popen(
+        [sys.executable, "-c", f"from zk.scratch import scratch_folder\n{held}"],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as holder:
+        assert holder.stdout is not None
+        running = Path(holder.stdout.readline().decode().strip())
+        with scratch_folder():
+            assert left.exists() and running.exists()
+        for folder in (left, running):
+            os.utime(folder, (1, 1))
+        with scratch_folder():
+            assert not left.exists() and running.exists()
+        holder.communicate(b"\n")
+    assert not running.exists()
 
 
 def test_ezkl_environment_variables_do_not_reach_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-gpu check bench-digits bench-proving bench-estimate bench-gpu bench-char bench-conversion bench-char-conversion bench-quaternion bench-rotations bench-chain clean
+.PHONY: setup demo test test-gpu check bench-digits bench-proving bench-estimate bench-gpu bench-char bench-conversion bench-char-conversion bench-quaternion bench-rotations bench-chain bench-ray-pool clean
 
 setup: $(STAMP)
 
@@ -65,6 +65,12 @@ bench-rotations: setup
 # Ten minutes on two cores: sequences of 64 to 1,024 tokens in linked segments, and a model of nanoGPT's size.
 bench-chain: setup
 	$(BIN)/python -m benchmarks.chain
+
+# Ten minutes: Ray beside the local pool, a simulated cluster, and twenty kills.
+bench-ray-pool: setup
+	$(BIN)/python -m benchmarks.ray_pool
+	$(BIN)/python -m benchmarks.cluster
+	$(BIN)/python -m benchmarks.killed_chain
 
 check: setup
 	$(BIN)/ruff check .

@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import BinaryIO
 
@@ -29,6 +30,7 @@ from circuits.circuit import (
     STATE_OUT,
     TOKENS,
 )
+from mamba_int.errors import MambaintError
 from zk.chain_package import LINKS, ChainPackage, State, read_chain_package
 from zk.chain_proof import ChainHeader, StageProof, Stages, read_chain
 from zk.challenge import POINT_BYTES
@@ -105,6 +107,10 @@ def check_chain(
             statement["score_frac"] = package.score_frac
     except InvalidProof as error:
         reason = str(error)[:MAX_REASON]
+    except BrokenProcessPool as error:
+        raise MambaintError(
+            "a process that checked segments was killed, most likely for lack of memory", "give --workers 1"
+        ) from error
     return Verdict(
         valid=not reason,
         reason=reason,

@@ -421,6 +421,18 @@ def test_part_of_a_chain_is_never_valid_and_says_so(chains: Chains) -> None:
         assert "0 to 2" in part(chains.first, only).reason
 
 
+def dies(*_: Any) -> None:
+    """In a process that checks segments."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_killed_checker_is_one_line_and_no_verdict(chains: Chains, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert check_chain(io.BytesIO(chains.first.encode()), chains.package, chains.digest, workers=2).valid
+    monkeypatch.setattr("zk.verify_chain._check_place", dies)
+    with pytest.raises(MambaintError, match="was killed"):
+        check_chain(io.BytesIO(chains.first.encode()), chains.package, chains.digest, workers=2)
+
+
 def test_package_is_that_of_the_model_down_to_the_first_state(
     chains: Chains, monkeypatch: pytest.MonkeyPatch, cache: Path
 ) -> None:

@@ -103,12 +103,16 @@ def prove_in_segments(
         started = time.perf_counter()
         total = None if inputs is None else -(-len(inputs) // cut.steps) * cut.stages
 
-        def tell(done: int, more: bool) -> None:
+        def tell(proved: int, found: int) -> None:
+            done = proved + found
+            # What an earlier run has proved says nothing of the rate.
+            rate = proved / (time.perf_counter() - started)
+            pace = f", {60 * rate:.1f} a minute" if rate else ""
             if total is None:
-                say(f"proving the stream, {done} proofs done")
+                say(f"proving the stream, {done} proofs done{pace}")
             else:
-                left = (time.perf_counter() - started) / done * (total - done)
-                say(f"proving, {done} of {total} proofs, about {left:.0f} s left")
+                left = f", about {(total - done) / rate:.0f} s left" if rate else ""
+                say(f"proving, {done} of {total} proofs{pace}{left}")
 
         say("proving")
         pieces = read_steps(sys.stdin, graph) if inputs is None else [inputs]

@@ -544,7 +544,7 @@ def prove_chain(
     prompt: int = 0,
     provers: Provers | None = None,
     checkers: int = 1,
-    tell: Callable[[int, bool], None] = lambda done, more: None,
+    tell: Callable[[int, int], None] = lambda proved, found: None,
     timeout: float | None = None,
 ) -> ChainResult:
     """Prove a sequence as a chain, or go on with one that was begun, and verify it.
@@ -561,7 +561,7 @@ def prove_chain(
             this machine.
         checkers: most processes that verify the finished chain; with more than one, the main module has to be
             safe to import (``multiprocessing``).
-        tell: told how many proofs are done, and whether more are to come.
+        tell: told, whenever it changes, how many proofs were made and how many found.
         timeout: seconds before giving a segment up.
 
     Raises:
@@ -640,19 +640,20 @@ class _Run:
         folder: Path,
         provers: Provers,
         needed: int,
-        tell: Callable[[int, bool], None],
+        tell: Callable[[int, int], None],
         timeout: float | None,
     ) -> None:
         self._folder, self._provers, self._needed = folder, provers, needed
         self._tell, self._timeout = tell, timeout
         self._flying: dict[Future[dict[str, Any]], tuple[Job, int]] = {}
-        self._done = 0
+        self._found = 0
         self.answers: list[dict[str, Any]] = []
 
     def add(self, job: Job) -> None:
         """Begin a segment as soon as there is room, or find that it is done."""
         if _finished(self._folder / job.name, job):
-            self._done += 1
+            self._found += 1
+            self._tell(len(self.answers), self._found)
             return
         while len(self._flying) >= self._provers.room(self._needed):
             self._wait()
@@ -681,8 +682,8 @@ class _Run:
                 self._begin(job, tries + 1)
             elif fault is not None:
                 raise fault
-        if landed and self._done:
-            self._tell(self._done, bool(self._flying))
+        if landed:
+            self._tell(len(self.answers), self._found)
 
     def keep(self) -> None:
         """Write what was proved of those in flight, before they are given up."""
@@ -698,7 +699,6 @@ class _Run:
         proved = _stage_proof(job.witness, bytes.fromhex(answer.pop("proof")))
         write_bytes(self._folder / job.name, canonical_json(proved.document))
         self.answers.append(answer)
-        self._done += 1
 
 
 def _needed(chain: ProvableChain) -> int:

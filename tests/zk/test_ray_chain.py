@@ -135,8 +135,8 @@ def test_killed_prover_worker_and_node_lose_only_what_they_were_proving(
     lost = cluster.add_node(num_cpus=1, object_store_memory=100_000_000)
     nodes, killed = folder / "nodes", []
 
-    def kill(done: int, more: bool) -> None:
-        if len(killed) >= 3 or not more:
+    def kill(proved: int, found: int) -> None:
+        if len(killed) >= 3 or proved == 7:
             return
         if len(killed) == 2:
             cluster.remove_node(lost, allow_graceful=False)

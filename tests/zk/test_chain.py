@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -362,6 +363,27 @@ def test_fault_or_interrupt_stops_the_provers_at_once(
     with LocalProvers(2) as provers, pytest.raises(KeyboardInterrupt):
         prove_chain(chains.chain, interrupted(), tmp_path / "c", provers=provers)
     assert [child.returncode for child in children] == [-signal.SIGKILL] * 2
+
+
+def test_full_disk_loses_no_finished_segment(
+    chains: Chains, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    honest, written = os.fsync, []
+
+    def full(handle: int) -> None:
+        written.append(handle)
+        # The chain's secret, a segment, and then no more.
+        if len(written) > 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        honest(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(MambaintError, match="No space left"):
+        prove_chain(chains.chain, [chains.inputs], tmp_path / "c")
+    assert not list((tmp_path / "c").glob(".*"))
+    monkeypatch.setattr(os, "fsync", honest)
+    result = prove_chain(chains.chain, [chains.inputs], tmp_path / "c")
+    assert (result.segments, result.proved) == (3, 2)
 
 
 def test_input_begun_in_the_folder_of_another_shares_no_segment_and_no_salt(

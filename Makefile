@@ -19,7 +19,7 @@ demo: setup
 	$(BIN)/mambaint demo
 
 test: setup
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not gpu"
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not gpu" -n 2 --dist loadgroup
 
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -12,6 +13,17 @@ from hypothesis import settings
 settings.register_profile("repeat", derandomize=True)
 settings.register_profile("explore")
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeat"))
+
+
+PROVING = {"attacks", "circuits", "cli", "zk"}
+"""Folders whose tests prove: one after the other, since each proof takes all the cores and much memory."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For runs on several cores."""
+    for item in items:
+        if item.path.relative_to(Path(__file__).parent).parts[0] in PROVING:
+            item.add_marker(pytest.mark.xdist_group("proving"))
 
 
 @pytest.fixture

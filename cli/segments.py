@@ -61,9 +61,9 @@ def prove_in_segments(
     from mamba_int.errors import MambaintError
     from mamba_int.files import move, write_bytes
     from mamba_int.graph import Graph
+    from mamba_int.log_score import LogScore
     from quantize.input_file import read_input, read_steps
     from zk.chain_cut import Cut, pick_cut
-    from zk.chain_package import decode_chain_package
     from zk.prove_chain import prepare_chain, prove_chain
 
     graph = Graph.load(model)
@@ -126,7 +126,7 @@ def prove_in_segments(
 
     score = None
     if scored:
-        frac = decode_chain_package(chain.package, "made here").score_frac
+        frac = LogScore.of(graph).score_frac
         score = score_json(proof.public["score"][0], frac, prompt, proof.steps)
     keys = [circuit.keys for circuit in chain.circuits]
     circuit = max((part.lowered.circuit for part in chain.circuits), key=lambda part: part.rows)

@@ -41,8 +41,10 @@ def _shown(values: list[int]) -> str:
 
 def _lines(verdict: Verdict, verifier: Path) -> list[str]:
     if not verdict.valid:
-        partial = verdict.reason.startswith("partial: ")
-        lines = [f"PARTIAL: {verdict.reason[9:]}" if partial else f"INVALID: {verdict.reason}"]
+        from zk.verify_chain import PARTIAL
+
+        partial = verdict.reason.removeprefix(f"{PARTIAL}: ")
+        lines = [f"INVALID: {verdict.reason}" if partial == verdict.reason else f"PARTIAL: {partial}"]
     else:
         lines = [f"VALID in {verdict.verify_seconds * 1000:.0f} ms"]
         if "segments" in verdict.statement:

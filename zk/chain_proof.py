@@ -10,7 +10,6 @@ its first and last bytes.
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -108,21 +107,6 @@ class ChainHeader:
         return head + _OPENING, b"]" + tail + b"\n"
 
 
-@dataclass(frozen=True)
-class ChainProof(ChainHeader):
-    """Content of a chain's proof file, whole.
-
-    Attributes:
-        segments: in order.
-    """
-
-    segments: tuple[Stages, ...]
-
-    def encode(self) -> bytes:
-        """The bytes of the file: canonical JSON and a newline."""
-        return b"".join(encoded(self, self.segments))
-
-
 def encoded(header: ChainHeader, segments: Iterable[Stages]) -> Iterator[bytes]:
     """The bytes of the file, segment by segment."""
     head, tail = header.edges()
@@ -202,12 +186,6 @@ def _decode_stages(raw: bytes) -> Stages:
     stages = tuple(decode_stage(item) for item in items)
     expect(canonical_json([stage.document for stage in stages]) == raw, NOT_CANONICAL)
     return stages
-
-
-def decode_chain_proof(raw: bytes) -> ChainProof:
-    """The file whole; see :func:`read_chain`."""
-    header, segments = read_chain(io.BytesIO(raw))
-    return ChainProof(**vars(header), segments=tuple(segments))
 
 
 def decode_stage(item: Any) -> StageProof:

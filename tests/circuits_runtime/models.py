@@ -22,6 +22,26 @@ SMALL: dict[str, Any] = {
     "seq_len": 8,
     "chunk_size": 8,
 }
+NARROW: dict[str, Any] = {
+    "gate": "hard_sigmoid",
+    "final_norm": False,
+    "conv_bias": False,
+    "activate_BC": True,
+    "d_conv": 2,
+    "norm_frac": 4,
+    "norm_shift": 0,
+    "norm_input_bits": 10,
+    "residual_frac": 5,
+    "activation_bits": 4,
+    "y_bits": 5,
+    "conv_frac": 6,
+    "decay_bits": 6,
+    "A_bits": 8,
+    "G_headroom": 0,
+    "G_limit": 30,
+    "M_bits": 12,
+}
+"""Forms for 2^12 rows, where a proof takes half a second."""
 
 
 def random_inputs(config: MambaIntConfig, count: int, seed: int = 0) -> IntArray:

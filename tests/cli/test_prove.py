@@ -20,7 +20,7 @@ from mamba_int.errors import MambaintError
 from mamba_int.graph import Graph
 from mamba_int.interpreter import evaluate
 from quantize import IntegerModel
-from tests.circuits_runtime.models import random_graph
+from tests.circuits_runtime.models import NARROW, random_graph
 from tests.cli.conftest import Cli
 from tests.zk.test_chain import TEXT
 from zk.provable import prepare
@@ -28,29 +28,7 @@ from zk.provable import prepare
 Capture = pytest.CaptureFixture[str]
 CLASSES = ["a", "b", "c", "d", "e"]
 STEPS = [[3, 4, 5]] * 4
-# Narrow enough for 2^12 rows, so that a proof takes half a second.
-FORMS: dict[str, Any] = {
-    "gate": "hard_sigmoid",
-    "final_norm": False,
-    "input_weights": "ternary",
-    "conv_bias": False,
-    "activate_BC": True,
-    "seq_len": 4,
-    "d_conv": 2,
-    "norm_frac": 4,
-    "norm_shift": 0,
-    "norm_input_bits": 10,
-    "residual_frac": 5,
-    "activation_bits": 4,
-    "y_bits": 5,
-    "conv_frac": 6,
-    "decay_bits": 6,
-    "A_bits": 8,
-    "G_headroom": 0,
-    "G_limit": 30,
-    "M_bits": 12,
-    "pool_bits": 6,
-}
+FORMS = NARROW | {"input_weights": "ternary", "seq_len": 4, "pool_bits": 6}
 
 
 @pytest.fixture(scope="module")

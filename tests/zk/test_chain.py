@@ -29,17 +29,16 @@ from mamba_int.errors import MambaintError
 from mamba_int.graph import Graph, IntArray
 from mamba_int.interpreter import evaluate
 from tests.circuits.conftest import GRAPHS
-from tests.circuits_runtime.models import random_graph
+from tests.circuits_runtime.models import NARROW, random_graph
+from tests.zk.chain_files import ChainProof, decode_chain_proof
 from zk import local_provers
 from zk import prove_chain as proving
 from zk.chain_cut import BYTES_PER_ROW, Cut, pick_cut
 from zk.chain_package import ChainPackage, decode_chain_package
 from zk.chain_proof import (
     ChainHeader,
-    ChainProof,
     StageProof,
     Stages,
-    decode_chain_proof,
     encoded,
     read_chain,
 )
@@ -63,31 +62,13 @@ from zk.rederive import OTHER_KEY, chain_fault
 from zk.verify import Verdict
 from zk.verify_chain import check_chain, check_stage, point_of
 
-TEXT: dict[str, Any] = {
+TEXT: dict[str, Any] = NARROW | {
     "task": "language_model",
     "vocab_size": 11,
     "seq_len": 16,
     "chunk_size": 4,
     "d_model": 4,
     "d_state": 2,
-    # Narrow enough for 2^12 rows, so that a proof takes a third of a second.
-    "gate": "hard_sigmoid",
-    "final_norm": False,
-    "conv_bias": False,
-    "activate_BC": True,
-    "d_conv": 2,
-    "norm_frac": 4,
-    "norm_shift": 0,
-    "norm_input_bits": 10,
-    "residual_frac": 5,
-    "activation_bits": 4,
-    "y_bits": 5,
-    "conv_frac": 6,
-    "decay_bits": 6,
-    "A_bits": 8,
-    "G_headroom": 0,
-    "G_limit": 30,
-    "M_bits": 12,
 }
 LENGTH = 11
 """Steps of the sequence of the tests: two segments of four, and three steps of a third."""
@@ -113,6 +94,14 @@ def tokens(seed: int) -> IntArray:
     return np.random.default_rng(seed).integers(0, 11, LENGTH)
 
 
+def two_chains(chain: ProvableChain, folder: Path) -> Chains:
+    """Proved in two folders below this one."""
+    files = [prove_chain(chain, [tokens(seed)], folder / str(seed)).file for seed in (0, 1)]
+    first, second = (decode_chain_proof(file.read_bytes()) for file in files)
+    package = decode_chain_package(chain.package, "test")
+    return Chains(chain, package, hashlib.sha256(chain.package).hexdigest(), first, second, tokens(0))
+
+
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
@@ -125,12 +114,7 @@ def chains(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         patch.setenv("MAMBAINT_CACHE", str(cache))
         graph, _ = random_graph(0, **TEXT)
         chain = prepare_chain(graph, 4, public_states=request.param == "shown")
-        folder = tmp_path_factory.mktemp("chains")
-        files = [prove_chain(chain, [tokens(seed)], folder / str(seed)).file for seed in (0, 1)]
-    package = decode_chain_package(chain.package, "test")
-    digest = hashlib.sha256(chain.package).hexdigest()
-    first, second = (decode_chain_proof(file.read_bytes()) for file in files)
-    return Chains(chain, package, digest, first, second, tokens(0))
+        return two_chains(chain, tmp_path_factory.mktemp("chains"))
 
 
 def with_segments(proof: ChainProof, *segments: Stages, steps: int = 0) -> ChainProof:

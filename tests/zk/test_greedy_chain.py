@@ -22,10 +22,10 @@ from mamba_int.interpreter import evaluate
 from tests.circuits.conftest import GRAPHS
 from tests.circuits.test_soundness import accepts
 from tests.circuits_runtime.models import random_graph
+from tests.zk.chain_files import ChainProof, decode_chain_proof
 from tests.zk.test_chain import TEXT, also_public, altered
 from zk import prove_chain as proving
 from zk.chain_package import ChainPackage, decode_chain_package
-from zk.chain_proof import ChainProof, decode_chain_proof
 from zk.prove import mock
 from zk.prove_chain import ProvableChain, prepare_chain, prove_chain
 from zk.verify import Verdict

@@ -22,9 +22,10 @@ from mamba_int.log_score import LogScore
 from tests.circuits.conftest import GRAPHS
 from tests.circuits.lying import add_at, satisfied
 from tests.circuits_runtime.models import random_graph
+from tests.zk.chain_files import ChainProof, decode_chain_proof
 from tests.zk.test_chain import TEXT, also_public, altered, prove_one
 from zk.chain_package import ChainPackage, decode_chain_package
-from zk.chain_proof import ChainProof, Stages, decode_chain_proof
+from zk.chain_proof import Stages
 from zk.prove import mock
 from zk.prove_chain import ProvableChain, first_state, leaves, prepare_chain, prove_chain, segment_witness
 from zk.rederive import chain_fault

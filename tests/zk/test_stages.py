@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,10 +20,11 @@ from mamba_int.errors import MambaintError
 from mamba_int.graph import Graph, IntArray
 from mamba_int.interpreter import evaluate
 from tests.circuits_runtime.models import random_graph
-from tests.zk.test_chain import LENGTH, TEXT, Chains, altered, prove_one, tokens, with_segments
+from tests.zk.chain_files import ChainProof
+from tests.zk.test_chain import LENGTH, TEXT, Chains, altered, prove_one, two_chains, with_segments
 from zk.chain_cut import pick_cut
 from zk.chain_package import decode_chain_package
-from zk.chain_proof import ChainProof, Stages, decode_chain_proof
+from zk.chain_proof import Stages
 from zk.prove import mock
 from zk.prove_chain import PROOF, SECRET, first_state, leaves, prepare_chain, prove_chain, segment_witness
 from zk.rederive import chain_fault
@@ -139,13 +139,9 @@ def chains(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         patch.setenv("MAMBAINT_CACHE", str(cache))
         graph, _ = random_graph(0, **TWO_LAYERS)
         chain = prepare_chain(graph, 4, stages=2, public_states=request.param == "shown")
-        folder = tmp_path_factory.mktemp("chains")
-        files = [prove_chain(chain, [tokens(seed)], folder / str(seed)).file for seed in (0, 1)]
-        package = decode_chain_package(chain.package, "test")
-        assert chain_fault(package, graph) == ""
-    digest = hashlib.sha256(chain.package).hexdigest()
-    first, second = (decode_chain_proof(file.read_bytes()) for file in files)
-    return Chains(chain, package, digest, first, second, tokens(0))
+        found = two_chains(chain, tmp_path_factory.mktemp("chains"))
+        assert chain_fault(found.package, graph) == ""
+    return found
 
 
 def test_honest_stages_are_one_statement(chains: Chains) -> None:
